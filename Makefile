@@ -1,0 +1,28 @@
+# Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
+# Flags for train.py go into ARGS:  make train ARGS="--model cnn --epochs 5"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+train: $(VENV)/requirements.installed
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/requirements-dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/requirements-dev.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+$(VENV)/%.installed: %.txt requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
+.PHONY: train test format clean

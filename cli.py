@@ -1,0 +1,62 @@
+"""Command lines: hyperparameters from a dataclass, and errors of one line with exit code 2."""
+
+import contextlib
+import datetime
+import io
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(config_class: type[T], args: list[str] | None = None) -> T:
+    """The dataclass `config_class` from the command line; `--help` shows its fields, their comments and defaults.
+
+    A flag may be written with dashes or underscores. A flag or value that is not known ends the program with one line
+    on stderr and exit code 2.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_class, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code:
+            # tyro draws a box: its title, what was wrong, a rule, and then advice
+            what_was_wrong = complaint.getvalue().split("│ ──")[0].splitlines()[1:]
+            fail(" ".join(line.strip("│ ") for line in what_was_wrong) + " (--help shows all flags)")
+        raise
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can cause (a bad value, a bad file) into one line; other exceptions keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print one line and end with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def provenance() -> dict:
+    """What a stored figure came from: command, date, versions and machine."""
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

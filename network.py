@@ -1,0 +1,314 @@
+"""The models: FeedForward, CNN, and VisionTransformer with its parts; how any of them is saved and loaded.
+
+Shapes in docstrings name their axes: `tokens` is the number of patches, plus one where there is a CLS token.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from files import CheckpointError, read_file, write_file
+
+
+class Module(nn.Module):
+    """An `nn.Module` that remembers its constructor's arguments, so that a file can rebuild it."""
+
+    def __new__(cls, *args, **kwargs):
+        module = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(module, *args, **kwargs)
+        bound.apply_defaults()
+        module.__dict__["config"] = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return module
+
+    def save(self, path: str | Path, **metadata: Any) -> None:
+        """Write weights, constructor arguments and `metadata` (plain values: class names, normalisation) to `path`."""
+        write_file(
+            path,
+            {
+                "model": type(self).__name__,
+                "config": self.config,
+                "weights": {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()},
+                "metadata": metadata,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Module":
+        """The model that `save` wrote, in eval mode, its metadata in `model.metadata`.
+
+        Called on `Module` itself it takes a file of any class; called on a class it insists on that class.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, not a model, or of another class.
+        """
+        contents = read_file(path)
+        if not {"model", "config", "weights", "metadata"} <= contents.keys():
+            raise CheckpointError(f"{path} holds no model of this project")
+        known = {subclass.__name__: subclass for subclass in _subclasses(Module)}
+        name = contents["model"]
+        if name not in known:
+            raise CheckpointError(f"{path} holds a model {name!r}, which this version does not know")
+        if not issubclass(known[name], cls):
+            raise CheckpointError(f"{path} holds a {name}, not a {cls.__name__}: use {name}.load")
+        try:
+            model = known[name](**contents["config"])
+            model.load_state_dict(contents["weights"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from None
+        model.metadata = contents["metadata"]
+        return model.to(device).eval()
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(subclass) for subclass in cls.__subclasses__()))
+
+
+class FeedForward(Module):
+    """A multi-layer perceptron with one hidden layer and ReLU. Images are flattened: logits `(batch, output_size)`."""
+
+    def __init__(self, input_size: int = 3072, hidden_size: int = 512, output_size: int = 10):
+        super().__init__()
+        _require_positive(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.output = nn.Linear(hidden_size, output_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.output(F.relu(self.hidden(images.flatten(1))))
+
+
+class CNN(Module):
+    """Two 3x3 convolutions (3 -> 16 -> 32), each with ReLU and 2x2 max pooling, then one linear layer.
+
+    For 32x32 images that layer is 2048 -> 10 and the network has 25,578 parameters. Logits `(batch, output_size)`.
+    """
+
+    def __init__(self, img_size: int = 32, output_size: int = 10, in_channels: int = 3):
+        super().__init__()
+        _require_positive(img_size=img_size, output_size=output_size, in_channels=in_channels)
+        if img_size < 4:
+            raise ValueError(f"the CNN halves the image twice: img_size {img_size} must be at least 4")
+        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
+        self.output = nn.Linear(32 * (img_size // 4) ** 2, output_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.output(x.flatten(1))
+
+
+class PatchEmbedding(Module):
+    """Images to tokens: patches, each projected to `hidden_size`, an optional CLS token in front, and positions.
+
+    `(batch, in_channels, img_size, img_size)` -> `(batch, tokens, hidden_size)`.
+
+    Args:
+        patch_size: side of a patch in pixels. Where it does not divide the image, the pixels beyond the last whole
+            patch on the right and at the bottom are dropped, as a strided convolution does: 6 on 32 gives 5x5 patches
+            which see the first 30 pixels.
+        tokenizer: "patch" is one convolution with kernel and stride `patch_size` (Dosovitskiy et al. 2021); "conv" is
+            a stack of 3x3 convolutions with BatchNorm, ReLU and 2x2 max pooling, one for each halving down to the same
+            grid (Xiao et al. 2021, Hassani et al. 2021), for patch sizes 2, 4, 8, ...
+        cls_token: whether a learnable CLS token is put before the patches.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        patch_size: int = 4,
+        hidden_size: int = 64,
+        in_channels: int = 3,
+        tokenizer: Literal["patch", "conv"] = "patch",
+        cls_token: bool = True,
+    ):
+        super().__init__()
+        _require_positive(img_size=img_size, patch_size=patch_size, hidden_size=hidden_size, in_channels=in_channels)
+        if patch_size > img_size:
+            raise ValueError(f"a patch of {patch_size} pixels is larger than the image of {img_size}")
+        self.grid_size = img_size // patch_size  # patches along each side
+        if tokenizer == "patch":
+            self.project = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+            nn.init.trunc_normal_(self.project.weight, std=(in_channels * patch_size**2) ** -0.5)
+            nn.init.zeros_(self.project.bias)
+        elif tokenizer == "conv":
+            self.project = _convolutional_tokenizer(in_channels, hidden_size, patch_size)
+        else:
+            raise ValueError(f"unknown tokenizer {tokenizer!r}: choose patch or conv")
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
+        tokens = self.grid_size**2 + cls_token
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, hidden_size), std=0.02))
+        if cls_token:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.project(images).flatten(2).transpose(1, 2)  # (batch, patches, hidden_size)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens + self.position
+
+
+def _convolutional_tokenizer(in_channels: int, hidden_size: int, patch_size: int) -> nn.Sequential:
+    """One stage for each halving; channels double from stage to stage and end at `hidden_size`."""
+    stages = patch_size.bit_length() - 1
+    if patch_size < 2 or 2**stages != patch_size or hidden_size % 2 ** (stages - 1):
+        raise ValueError(
+            f"a convolutional tokenizer halves the image until a patch is one pixel: patch_size {patch_size} must be "
+            f"2, 4, 8, ... and hidden_size {hidden_size} divisible by half of it"
+        )
+    layers = []
+    channels = in_channels
+    for stage in reversed(range(stages)):
+        width = hidden_size // 2**stage
+        layers += [
+            nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+        channels = width
+    return nn.Sequential(*layers)
+
+
+class MultiHeadAttention(Module):
+    """Self-attention (Vaswani et al. 2017) with one fused projection and heads of width `hidden_size / num_heads`.
+
+    `(batch, tokens, hidden_size)` -> the same; with `return_attention` also the attention weights after the softmax,
+    `(batch, heads, tokens, tokens)`, whose last axis (the tokens looked at) sums to 1.
+    """
+
+    def __init__(self, hidden_size: int = 64, num_heads: int = 4):
+        super().__init__()
+        _require_positive(hidden_size=hidden_size, num_heads=num_heads)
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide hidden_size {hidden_size}")
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, return_attention: bool = False):
+        batch, tokens, hidden_size = x.shape
+        head_size = hidden_size // self.num_heads
+        query_key_value = self.query_key_value(x).view(batch, tokens, 3, self.num_heads, head_size)
+        query, key, value = query_key_value.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_size)
+        if return_attention:
+            attention = (query * head_size**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+            x = attention @ value
+        else:
+            x = F.scaled_dot_product_attention(query, key, value)
+        x = self.output(x.transpose(1, 2).reshape(batch, tokens, hidden_size))
+        return (x, attention) if return_attention else x
+
+
+class TransformerBlock(Module):
+    """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)) with GELU; `(batch, tokens, hidden_size)` kept.
+
+    `drop_path` is the probability that an image skips a residual branch in training (stochastic depth, Huang et al.
+    2016).
+    """
+
+    def __init__(self, hidden_size: int = 64, num_heads: int = 4, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        if mlp_ratio <= 0 or not 0 <= drop_path < 1:
+            raise ValueError(f"mlp_ratio {mlp_ratio} must be positive and drop_path {drop_path} in [0, 1)")
+        mlp_size = max(1, round(hidden_size * mlp_ratio))
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.attention = MultiHeadAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
+
+    def forward(self, x: torch.Tensor, return_attention: bool = False):
+        if return_attention:
+            change, attention = self.attention(self.norm1(x), return_attention=True)
+        else:
+            change = self.attention(self.norm1(x))
+        x = x + self._drop(change)
+        x = x + self._drop(self.mlp(self.norm2(x)))
+        return (x, attention) if return_attention else x
+
+    def _drop(self, change: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_path == 0:
+            return change
+        kept = torch.rand(len(change), 1, 1, device=change.device) >= self.drop_path
+        return change * kept / (1 - self.drop_path)
+
+
+class VisionTransformer(Module):
+    """Vision Transformer (Dosovitskiy et al. 2021): `(batch, in_channels, img_size, img_size)` images to logits.
+
+    `model(images)` gives logits `(batch, output_size)`. `model(images, return_attention=True)` is the same forward
+    pass and gives a dict with `logits` and `attention_weights` `(num_blocks, batch, heads, tokens, tokens)`.
+
+    Args:
+        img_size, patch_size: sides in pixels. A patch size that does not divide the image drops its right and bottom
+            edge (see PatchEmbedding).
+        hidden_size: width of a token (the embedding dimension).
+        output_size: number of classes.
+        num_heads: attention heads in each block; must divide `hidden_size`.
+        num_blocks: transformer blocks.
+        mlp_ratio: width of a block's hidden layer over `hidden_size`.
+        pooling: what the head reads: "cls", the CLS token, or "mean", the mean of the patch tokens (no CLS token).
+        tokenizer: "patch" or "conv" (see PatchEmbedding).
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: sizes that do not go together.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        hidden_size: int = 64,
+        output_size: int = 10,
+        num_heads: int = 4,
+        num_blocks: int = 4,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        mlp_ratio: float = 4.0,
+        pooling: Literal["cls", "mean"] = "cls",
+        tokenizer: Literal["patch", "conv"] = "patch",
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        _require_positive(output_size=output_size, num_blocks=num_blocks)
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"unknown pooling {pooling!r}: choose cls or mean")
+        self.pooling = pooling
+        self.embedding = PatchEmbedding(
+            img_size, patch_size, hidden_size, in_channels, tokenizer, cls_token=pooling == "cls"
+        )
+        rates = torch.linspace(0, drop_path, num_blocks).tolist()
+        self.blocks = nn.ModuleList(TransformerBlock(hidden_size, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, output_size)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.weight)  # every class equally likely at first
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: torch.Tensor, return_attention: bool = False):
+        x = self.embedding(images)
+        attention_weights = []
+        for block in self.blocks:
+            if return_attention:
+                x, attention = block(x, return_attention=True)
+                attention_weights.append(attention)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        logits = self.head(x[:, 0] if self.pooling == "cls" else x.mean(dim=1))
+        if return_attention:
+            return {"logits": logits, "attention_weights": torch.stack(attention_weights)}
+        return logits
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {size!r}")

@@ -1,0 +1,306 @@
+"""Runner: the train / validate / test loop, its metrics, and the choice of device.
+
+The Runner knows nothing of GIFs, plots or schedules' shapes: such things hang on its callbacks.
+"""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+import utils
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device by name; "auto" takes MPS (Apple silicon), else CUDA, else the CPU.
+
+    Raises:
+        ValueError: a name that is not known, or a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not to be had on this machine: choose auto, cpu, cuda or mps") from None
+    return device
+
+
+PROGRESS = ("epoch", "batch", "step", "seconds")  # of a Runner's attributes, those that a checkpoint holds
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became infinite or not a number; the message says at which step and what to try."""
+
+
+class Runner:
+    """Trains, validates and tests a model.
+
+    Args:
+        model: gives logits `(batch, classes)` for images; moved to `device`.
+        optimizer: over the model's parameters.
+        criterion: loss of (logits, labels), averaged over the batch; used in training.
+        device: None chooses MPS, CUDA or CPU, whichever is there.
+        scheduler: stepped after every optimiser step.
+        eval_criterion: loss reported for validation and test; None means `criterion`. (Training with label smoothing,
+            one wants plain cross-entropy here.)
+        log_every: steps between two entries in the training metrics.
+
+    `metrics` holds lists: `train_loss`, `train_accuracy` (averages over the images since the entry before) at
+    `train_step`, and `val_loss`, `val_accuracy` at `val_step`. Steps are optimiser steps from the start; accuracies are
+    fractions. All are averages over images, so that a smaller last batch counts for what it is.
+
+    `callbacks` holds lists of functions of the runner, called at "train_start", "step_end" and "epoch_end" (after
+    validation). A callback that sets `runner.stop = True` ends training after the current step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        device: torch.device | str | None = None,
+        scheduler: LRScheduler | None = None,
+        eval_criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        log_every: int = 50,
+    ):
+        self.device = choose_device("auto") if device is None else torch.device(device)
+        self.model = model.to(self.device)
+        self.optimizer = optimizer
+        self.criterion = criterion
+        self.eval_criterion = eval_criterion or criterion
+        self.scheduler = scheduler
+        self.log_every = log_every
+        self.callbacks = {"train_start": [], "step_end": [], "epoch_end": []}
+        self.metrics = {
+            f"{split}_{quantity}": [] for split in ("train", "val") for quantity in ("loss", "accuracy", "step")
+        }
+        self.epoch = 0  # epochs completed
+        self.batch = 0  # batches done of the epoch that runs
+        self.step = 0  # optimiser steps made
+        self.total_steps = None  # of the training that runs
+        self.seconds = 0.0  # spent in training steps, without validation
+        self.stop = False
+        self.epoch_totals = Totals(self.device)
+        self.log_totals = Totals(self.device)  # since the last entry in the training metrics
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def train(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: int = 20) -> dict[str, list]:
+        """Train for `epochs` more epochs, with validation after each; returns `metrics`.
+
+        Loaders give `(images, labels)` batches: the project's ImageLoader or a torch DataLoader.
+
+        Raises:
+            NonFiniteLoss: the loss is infinite or not a number.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {epochs}")
+        last_epoch = self.epoch + epochs
+        self.total_steps = self.step - self.batch + epochs * len(train_loader)
+        self.stop = False
+        self._call("train_start")
+        while self.epoch < last_epoch and not self.stop:
+            started, first_batch = time.perf_counter(), self.batch
+            self._train_epoch(train_loader, last_epoch)
+            if self.stop and self.batch < len(train_loader):
+                break
+            seconds = time.perf_counter() - started
+            rate = self.epoch_totals.images * (1 - first_batch / len(train_loader)) / seconds
+            line = f"epoch {self.epoch + 1:3d}/{last_epoch}  train loss {self.epoch_totals.loss:.4f} accuracy "
+            line += f"{self.epoch_totals.accuracy:6.2%}"
+            if val_loader is not None:
+                loss, accuracy = self.test(val_loader, description="validating")
+                self._record("val", loss, accuracy)
+                line += f"  val loss {loss:.4f} accuracy {accuracy:6.2%}"
+            self.epoch += 1
+            self.batch = 0
+            self.epoch_totals, self.log_totals = Totals(self.device), Totals(self.device)
+            left = (last_epoch - self.epoch) * (time.perf_counter() - started)
+            tqdm.write(f"{line}  {rate:,.0f} images/s  {_clock(left)} left", file=sys.stdout)
+            sys.stdout.flush()
+            self._call("epoch_end")
+        return self.metrics
+
+    def _train_epoch(self, loader: Iterable, last_epoch: int) -> None:
+        """The rest of the epoch, from batch `self.batch` on."""
+        self.model.train()
+        batches = self._remaining_batches(loader)
+        with _progress_bar(loader, f"epoch {self.epoch + 1}/{last_epoch}", self.epoch_totals.images) as bar:
+            for images, labels in batches:
+                started = time.perf_counter()
+                self._train_step(images.to(self.device), labels.to(self.device))
+                self.seconds += time.perf_counter() - started
+                if self.step % self.log_every == 0 or self.batch == len(loader):
+                    self._record("train", self.log_totals.loss, self.log_totals.accuracy)
+                    self.log_totals = Totals(self.device)
+                if bar.update(len(labels)):  # it is time to redraw the bar
+                    bar.set_postfix_str(self._progress(bar), refresh=False)
+                self._call("step_end")
+                if self.stop:
+                    break
+
+    def _remaining_batches(self, loader: Iterable) -> Iterable:
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epoch, self.batch)
+            return loader
+        return itertools.islice(loader, self.batch, None)
+
+    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        logits = self.model(images)
+        loss = self.criterion(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for totals in (self.epoch_totals, self.log_totals):
+            totals.add(loss, logits, labels)
+        # reading the loss makes an accelerator wait, so there it is checked only now and then
+        if self.device.type == "cpu" or (self.step + 1) % self.log_every == 0:
+            self._check_finite()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        self.batch += 1
+
+    def _progress(self, bar: tqdm) -> str:
+        totals = self.epoch_totals
+        rate = bar.format_dict["rate"] or bar.n / max(bar.format_dict["elapsed"], 1e-9)
+        left = (self.total_steps - self.step) * totals.images / self.batch / rate
+        return (
+            f"step {self.step}/{self.total_steps} loss {totals.loss:.4f} accuracy {totals.accuracy:.2%}, "
+            f"{_clock(left)} left in all"
+        )
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(self.log_totals.loss):
+            raise NonFiniteLoss(
+                f"the loss is {self.log_totals.loss} at step {self.step + 1} (epoch {self.epoch + 1}): "
+                "try a lower learning rate, a longer warm-up, or look for broken images"
+            )
+
+    def _record(self, split: str, loss: float, accuracy: float) -> None:
+        self.metrics[f"{split}_loss"].append(loss)
+        self.metrics[f"{split}_accuracy"].append(accuracy)
+        self.metrics[f"{split}_step"].append(self.step)
+
+    def _call(self, event: str) -> None:
+        for callback in self.callbacks[event]:
+            callback(self)
+
+    # ---------------------------------------------------------------------------------------------- taking up again
+
+    def state_dict(self) -> dict:
+        """All that the rest of the training depends on, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "metrics": self.metrics,
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+            "epoch_totals": vars(self.epoch_totals),
+            "log_totals": vars(self.log_totals),
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where `state_dict` was taken: `train` continues in the middle of the epoch, bit for bit."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.metrics = state["metrics"]
+        for name in PROGRESS:
+            setattr(self, name, state["progress"][name])
+        for totals, sums in ((self.epoch_totals, state["epoch_totals"]), (self.log_totals, state["log_totals"])):
+            for name, value in sums.items():
+                setattr(totals, name, value.to(self.device) if torch.is_tensor(value) else value)
+        torch.set_rng_state(state["random_state"])
+        if len(state["cuda_random_state"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_random_state"])
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def test(self, loader: Iterable, description: str = "testing") -> tuple[float, float]:
+        """Loss and accuracy (a fraction), averaged over the images of `loader`; the model's mode is left as it was."""
+        totals = Totals(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        with _progress_bar(loader, description) as bar:
+            for images, labels in loader:
+                images, labels = images.to(self.device), labels.to(self.device)
+                logits = self.model(images)
+                totals.add(self.eval_criterion(logits, labels), logits, labels)
+                bar.update(len(labels))
+        self.model.train(was_training)
+        if not totals.images:
+            raise ValueError("the loader has no images")
+        return totals.loss, totals.accuracy
+
+    @torch.no_grad()
+    def plot(self, val_loader: Iterable, save_path: str | Path | None = None, classes=None, title: str = ""):
+        """The metrics so far, and the first images of `val_loader` with their top-3 predictions; returns the figure."""
+        images, labels = next(iter(val_loader))
+        was_training = self.model.training
+        self.model.eval()
+        probabilities = self.model(images[:6].to(self.device)).softmax(dim=1).cpu()
+        self.model.train(was_training)
+        if classes is None:
+            classes = [str(label) for label in range(probabilities.shape[1])]
+        mean, std = getattr(val_loader, "mean", None), getattr(val_loader, "std", None)
+        return utils.draw_progress(
+            self.metrics,
+            utils.to_pixels(images[:6].cpu(), mean, std),
+            labels[:6].cpu(),
+            probabilities,
+            classes,
+            title=title,
+            path=save_path,
+            total_steps=self.total_steps,
+        )
+
+
+class Totals:
+    """Sums over images of loss and right answers, kept on the device until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.images = 0
+        self._loss = torch.zeros((), device=device)
+        self._correct = torch.zeros((), device=device, dtype=torch.long)
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """`loss` is the mean over this batch."""
+        self.images += len(labels)
+        self._loss += loss.detach() * len(labels)
+        self._correct += (logits.detach().argmax(dim=1) == labels).sum()
+
+    @property
+    def loss(self) -> float:
+        return self._loss.item() / self.images
+
+    @property
+    def accuracy(self) -> float:
+        return self._correct.item() / self.images
+
+
+def _progress_bar(loader: Iterable, description: str, initial: int = 0) -> tqdm:
+    images = getattr(loader, "num_images", None) or len(getattr(loader, "dataset", ())) or None
+    return tqdm(
+        desc=description, total=images, initial=initial, unit="img", leave=False, mininterval=0.5, dynamic_ncols=True
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

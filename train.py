@@ -1,0 +1,347 @@
+"""Train a model on CIFAR-10, from data to pictures.
+
+    python train.py                                   # the Vision Transformer, 20 epochs
+    python train.py --model cnn --epochs 5            # every hyperparameter below is also a flag
+    python train.py --resume                          # go on with an interrupted run
+
+Writes saved/<Model>.pt (the model), saved/<Model>.json (the figures and how they came about), training curves and
+attention maps under figures/, and animation_<model>.gif.
+"""
+
+import dataclasses
+import json
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock, Timeout
+
+import cli
+import utils
+from files import CheckpointError, read_file, write_bytes, write_file
+from network import CNN, FeedForward, Module, VisionTransformer
+from optim import build_optimizer, build_schedule
+from runner import NonFiniteLoss, Runner, choose_device
+from setup_cifar import Dataset, load_data
+
+
+@dataclass
+class Config:
+    """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
+
+    # data
+    dataset: Literal["auto", "cifar10", "digits"] = "auto"  # auto: CIFAR-10 where it can be had, else digits
+    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
+    split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
+    augment: bool = True  # random crop (4 pixels, reflected) and mirroring: without it a ViT overfits by epoch 10
+
+    # model
+    model: Literal["vit", "cnn", "mlp"] = "vit"  # Vision Transformer, convolutional network, multi-layer perceptron
+    hidden_size: int = 64  # width of a ViT's tokens, or of the MLP's hidden layer
+    num_heads: int = 4  # attention heads in each ViT block; must divide hidden_size
+    num_blocks: int = 4  # transformer blocks
+    patch_size: int = 4  # side of a patch in pixels: 4 on 32x32 images gives 64 patches
+    mlp_ratio: float = 4.0  # width of a ViT block's hidden layer over hidden_size
+    pooling: Literal["mean", "cls"] = "mean"  # what the ViT's head reads: the patches' mean, or a CLS token
+    tokenizer: Literal["patch", "conv"] = "patch"  # one strided convolution, or a stack of 3x3 convolutions
+    drop_path: float = 0.0  # probability of skipping a residual branch in the last block (stochastic depth)
+
+    # optimisation
+    epochs: int = 20  # passes over the training images
+    batch_size: int = 128  # images in a step
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for the rest
+    lr: float = 6e-3  # peak learning rate, after warm-up
+    warmup: float = 0.1  # part of all steps in which the learning rate rises; then it falls to 0 along a cosine
+    weight_decay: float = 0.05  # on matrices; norms, biases, CLS token and positions are left alone
+    label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
+
+    # the run
+    seed: int = 0  # of initial weights, order and augmentation: the same seed gives the same weights on a CPU
+    device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
+    name: str | None = None  # of the files written; default: the model's class, with the data set if not CIFAR-10
+    output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
+    gif_frames: int = 40  # pictures in the GIF; 0 for none
+    gif_frame_duration: int = 250  # milliseconds that each is shown
+    resume: bool = False  # go on from the last checkpoint of the run of this name
+    resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
+    checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
+
+
+def main() -> None:
+    config = cli.parse(Config)
+    with cli.one_line_errors():
+        check(config)
+        device = choose_device(config.device)
+        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed)
+        if config.batch_size > len(data.train):
+            raise ValueError(f"batch_size {config.batch_size} is larger than the training set of {len(data.train)}")
+        torch.manual_seed(config.seed)
+        model = build_model(config, data)
+        files = Files(config, type(model).__name__, data.name)
+        files.prepare()
+        lock = FileLock(files.lock)
+        try:
+            lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
+        except Timeout:
+            raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
+
+        train_loader = data.loader(
+            "train", config.batch_size, device, shuffle=True, augment=config.augment, flip=data.flip, seed=config.seed
+        )
+        val_loader = data.loader("val", 500, device)
+        optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay)
+        runner = Runner(
+            model,
+            optimizer,
+            torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+            device,
+            scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup),
+            eval_criterion=torch.nn.CrossEntropyLoss(),
+        )
+        if config.resume:
+            resume(runner, config, files)
+
+    title = f"{type(model).__name__} on {data.name}"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}")
+    draw_frames(runner, val_loader, data, config, files, title)
+    write_checkpoints(runner, config, files)
+    interrupted = stop_on_signals(runner)
+    try:
+        if runner.epoch < config.epochs:
+            runner.train(train_loader, val_loader, epochs=config.epochs - runner.epoch)
+        if interrupted:
+            save_checkpoint(runner, config, files)
+            command = shlex.join(["python", *sys.argv] + ([] if config.resume else ["--resume"]))
+            print(f"\ninterrupted after step {runner.step}; to go on: {command}")
+            raise SystemExit(128 + interrupted[0])
+    except (NonFiniteLoss, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+    test_loss, test_accuracy = runner.test(data.loader("test", 500, device))
+    results = {
+        "parameters": parameters,
+        "val_accuracy": runner.metrics["val_accuracy"][-1],
+        "val_loss": runner.metrics["val_loss"][-1],
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "training_seconds": round(runner.seconds, 1),
+    }
+    model.save(files.model, dataset=data.name, classes=data.classes, mean=data.mean, std=data.std)
+    report = {
+        "results": results,
+        "config": dataclasses.asdict(config),
+        "provenance": cli.provenance(),
+        "metrics": runner.metrics,
+    }
+    write_bytes(files.report, json.dumps(report, indent=1).encode())
+    written = [files.model, files.report] + draw_pictures(runner, data, config, files, title)
+    save_checkpoint(runner, config, files, results)
+    print("wrote " + ", ".join(str(path) for path in written))
+    print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({data.name}, {len(data.test):,} images)")
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ValueError: naming the hyperparameter.
+    """
+    for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("weight_decay", "gif_frames", "gif_frame_duration"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
+    for name in ("warmup", "label_smoothing", "drop_path"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
+    if config.name is not None and (not config.name or Path(config.name).name != config.name):
+        raise ValueError(f"name {config.name!r} must be the name of a file, not a path")
+
+
+def build_model(config: Config, data: Dataset) -> Module:
+    """The model by name, its input and output sizes those of the data."""
+    size, classes = data.image_size, len(data.classes)
+    if config.model == "cnn":
+        return CNN(size, classes)
+    if config.model == "mlp":
+        return FeedForward(3 * size**2, config.hidden_size, classes)
+    return VisionTransformer(
+        img_size=size,
+        hidden_size=config.hidden_size,
+        output_size=classes,
+        num_heads=config.num_heads,
+        num_blocks=config.num_blocks,
+        patch_size=config.patch_size,
+        mlp_ratio=config.mlp_ratio,
+        pooling=config.pooling,
+        tokenizer=config.tokenizer,
+        drop_path=config.drop_path,
+    )
+
+
+class Files:
+    """Where a run writes."""
+
+    def __init__(self, config: Config, model: str, dataset: str):
+        suffix = "" if dataset == "cifar10" else f"_{dataset}"
+        root = Path(config.output_dir)
+        self.name = config.name or model + suffix
+        self.saved, self.figures = root / "saved", root / "figures"
+        self.model = self.saved / f"{self.name}.pt"
+        self.report = self.saved / f"{self.name}.json"
+        self.checkpoint = self.saved / f"{self.name}.checkpoint"
+        self.lock = self.saved / f"{self.name}.lock"
+        self.curves = self.figures / f"{self.name}_curves.png"
+        self.frames = self.figures / f"{self.name}_frames"
+        self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
+        self.gif = root / f"animation_{config.name or config.model + suffix}.gif"
+
+    def prepare(self) -> None:
+        """Make the folders, and make sure now that they can be written."""
+        for folder in (self.saved, self.figures):
+            probe = folder / f".{self.name}.probe"
+            write_bytes(probe, b"")
+            probe.unlink()
+
+
+# --------------------------------------------------------------------------------------------------- interruptions
+
+
+def save_checkpoint(runner: Runner, config: Config, files: Files, results: dict | None = None) -> None:
+    """All that is needed to go on; `results` are the figures of a run that has ended."""
+    write_file(
+        files.checkpoint, {"runner": runner.state_dict(), "config": dataclasses.asdict(config), "results": results}
+    )
+
+
+def write_checkpoints(runner: Runner, config: Config, files: Files) -> None:
+    """Have the runner write a checkpoint after every epoch, and every few minutes within one."""
+    last = [time.monotonic()]
+
+    def write(runner: Runner) -> None:
+        save_checkpoint(runner, config, files)
+        last[0] = time.monotonic()
+
+    def write_when_due(runner: Runner) -> None:
+        if time.monotonic() - last[0] > 60 * config.checkpoint_minutes:
+            write(runner)
+
+    runner.callbacks["step_end"].append(write_when_due)
+    runner.callbacks["epoch_end"].append(write)
+
+
+def resume(runner: Runner, config: Config, files: Files) -> None:
+    """Bring the runner to where the last checkpoint was written.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters.
+    """
+    if not files.checkpoint.exists():
+        raise CheckpointError(f"there is no {files.checkpoint} to resume from: run without --resume")
+    checkpoint = read_file(files.checkpoint)
+    if not {"runner", "config", "results"} <= checkpoint.keys():
+        raise CheckpointError(f"{files.checkpoint} is not a checkpoint of a run")
+    changed = [
+        f"{name} was {before!r} and is {now!r}"
+        for name, now in dataclasses.asdict(config).items()
+        if (before := checkpoint["config"].get(name)) != now and name not in CHANGEABLE
+    ]
+    if changed and not config.resume_changed:
+        raise CheckpointError(f"{'; '.join(changed)}: --resume_changed goes on with the change")
+    if checkpoint["results"] is not None and not changed:
+        print(f"this run has finished: test accuracy {checkpoint['results']['test_accuracy']:.2%}, {files.model}")
+        raise SystemExit(0)
+    try:
+        runner.load_state_dict(checkpoint["runner"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{files.checkpoint} does not fit this model: {str(error).splitlines()[0]}") from None
+    print(f"resuming after epoch {runner.epoch}, step {runner.step}")
+
+
+CHANGEABLE = ("data_dir", "device", "name", "output_dir", "resume", "resume_changed", "checkpoint_minutes")
+
+
+def stop_on_signals(runner: Runner) -> list[int]:
+    """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once.
+
+    Returns a list that the signal's number is put into.
+    """
+    received = []
+
+    def stop(number, frame):
+        received.append(number)
+        runner.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return received
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_frames(runner: Runner, val_loader, data: Dataset, config: Config, files: Files, title: str) -> None:
+    """Have the runner draw the frames of the GIF while it trains."""
+    if not config.gif_frames:
+        return
+
+    def draw(runner: Runner) -> None:
+        epoch = min(runner.epoch + 1, config.epochs)
+        path = files.frames / f"frame_{runner.step:07d}.png"
+        runner.plot(val_loader, path, data.classes, f"{title}, epoch {epoch} of {config.epochs}")
+
+    def draw_when_due(runner: Runner) -> None:
+        if runner.step % -(-runner.total_steps // config.gif_frames) == 0:
+            draw(runner)
+
+    def draw_last(runner: Runner) -> None:
+        if runner.step == runner.total_steps:  # once more, now that the last validation is in
+            draw(runner)
+
+    if not config.resume:
+        for frame in files.frames.glob("frame_*.png"):
+            frame.unlink()
+    runner.callbacks["train_start"].append(draw)
+    runner.callbacks["step_end"].append(draw_when_due)
+    runner.callbacks["epoch_end"].append(draw_last)
+
+
+def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, title: str) -> list[Path]:
+    """Training curves, the GIF and, for a ViT, attention maps; returns what was written."""
+    utils.draw_curves(runner.metrics, files.curves, title)
+    written = [files.curves]
+    if config.gif_frames:
+        utils.write_to_gif(files.frames, files.gif, frame_duration=config.gif_frame_duration)
+        written.append(files.gif)
+    if config.model == "vit":
+        loader = data.loader("test", 4, runner.device)
+        images, labels = next(iter(loader))
+        with torch.no_grad():
+            output = runner.model.eval()(images, return_attention=True)
+        utils.visualize_attention_maps(
+            images.cpu(),
+            output["attention_weights"].cpu(),
+            patch_size=config.patch_size,
+            mean=data.mean,
+            std=data.std,
+            classes=data.classes,
+            labels=labels.cpu(),
+            logits=output["logits"].cpu(),
+            path=files.attention,
+        )
+        written.append(files.attention)
+    return written
+
+
+if __name__ == "__main__":
+    main()

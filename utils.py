@@ -1,0 +1,430 @@
+"""Pictures: progress frames -> GIF, training curves, attention maps, sample sheets.
+
+Figures are made with matplotlib's `Figure` itself, never pyplot: nothing stays open and no screen is needed. Every
+file is written beside its destination and then renamed, so that a killed run leaves no half picture.
+"""
+
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from PIL import Image
+
+BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"  # of Okabe and Ito, for every kind of colour vision
+DARK, GREY, LIGHT = "#222222", "#C4C4C4", "#F0F0F0"
+COLOR_MAP = "inferno"
+
+# ------------------------------------------------------------------------------------------------- images and samples
+
+
+def to_pixels(images: torch.Tensor, mean=None, std=None) -> torch.Tensor:
+    """Images `(n, 3, h, w)` for display: float32 in [0, 1] on the CPU.
+
+    uint8 images are divided by 255. Of float images the normalisation with `mean` and `std` (one value for each
+    channel) is undone; without these each image is stretched so that it reaches from 0 to 1.
+
+    Raises:
+        ValueError: not `(n, 3, h, w)`, or only one of `mean` and `std`.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (n, 3, height, width), not {tuple(images.shape)}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: give both or neither")
+    pixels = images.detach().float().cpu()
+    if images.dtype == torch.uint8:
+        return pixels / 255
+    if mean is not None:
+        mean, std = (torch.as_tensor(x, dtype=torch.float32).cpu().view(1, -1, 1, 1) for x in (mean, std))
+        return (pixels * std + mean).clamp(0, 1)
+    low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+    return (pixels - low) / (high - low).clamp(min=1e-8)
+
+
+def draw_samples(
+    images: torch.Tensor, labels: torch.Tensor, classes: list[str], path: str | Path, columns: int = 10
+) -> Figure:
+    """Save a sheet with the first `columns` images of each class as a PNG, one row for each class.
+
+    Args:
+        images: uint8 `(n, 3, h, w)`.
+        labels: `(n,)`, indices into `classes`.
+    """
+    height, width = images.shape[2:]
+    gap = max(1, width // 16)
+    sheet = np.full((len(classes) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for row in range(len(classes)):
+        for column, index in enumerate((labels == row).nonzero()[:columns, 0].tolist()):
+            top, left = row * (height + gap), column * (width + gap)
+            sheet[top : top + height, left : left + width] = images[index].permute(1, 2, 0).cpu().numpy()
+    scale = max(1, 72 // height)
+    sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
+    margin = 20 + 8 * max(len(name) for name in classes)
+    figure = _figure(margin + sheet_width + 10, sheet_height + 20)
+    axes = _add_axes(figure, margin, 10, sheet_width, sheet_height)
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(len(classes))], classes)
+    axes.tick_params(length=0, labelsize=11, labelcolor=DARK, pad=8)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------- training curves
+
+
+def draw_curves(metrics: dict[str, list], path: str | Path, title: str) -> Figure:
+    """Save loss and accuracy by optimiser step as a PNG, 1800x760 pixels to be shown at half size.
+
+    The best validation accuracy is ringed and its value given. `metrics` is what `draw_progress` takes.
+    """
+    figure = _figure(900, 380, dpi=200)
+    _add_text(figure, 14, 30, title, size=13, weight="bold")
+    _, accuracy_axes = _draw_loss_and_accuracy(figure, metrics, top=74, height=252, size=10)
+    if metrics["val_accuracy"]:
+        best, step = max(zip(metrics["val_accuracy"], metrics["val_step"], strict=True), key=lambda pair: pair[0])
+        accuracy_axes.plot(step, 100 * best, "o", markersize=11, color=VERMILLION, fillstyle="none", clip_on=False)
+        text = f"best validation {100 * best:.1f} % at step {step:,}"
+        accuracy_axes.set_title(text, loc="right", size=10, color=VERMILLION)
+    _save(figure, path)
+    return figure
+
+
+def draw_progress(
+    metrics: dict[str, list],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    probabilities: torch.Tensor,
+    classes: list[str],
+    title: str,
+    path: str | Path | None = None,
+    total_steps: int | None = None,
+) -> Figure:
+    """One frame of 900x420 pixels: loss, accuracy, and up to 6 validation images with their three likeliest classes.
+
+    Axes do not move from frame to frame: the loss goes up to the first one (at least 2.4), accuracy to 100 %, and
+    the steps to `total_steps`.
+
+    Args:
+        metrics: lists `train_loss`, `train_accuracy`, `train_step`, `val_loss`, `val_accuracy`, `val_step`; accuracy
+            as a fraction, steps counted in optimiser steps. All may be empty.
+        images: `(n, 3, h, w)`, floats in [0, 1].
+        labels: `(n,)`, the right classes.
+        probabilities: `(n, classes)`, predicted.
+        path: where the PNG goes, if anywhere.
+        total_steps: optimiser steps in the whole training; None ends the axis at the last step so far.
+    """
+    figure = _figure(900, 420)
+    _add_text(figure, 14, 20, title, size=11, weight="bold")
+    _draw_loss_and_accuracy(figure, metrics, top=52, height=134, size=8, total_steps=total_steps)
+    caption = "Validation images: the right class in green, and the three classes with the highest probability"
+    _add_text(figure, 14, 240, caption, size=8.5)
+    count = min(6, len(images))
+    pixels = images[:count].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    top_probabilities, top_classes = probabilities[:count].detach().float().cpu().topk(min(3, len(classes)))
+    for i in range(count):
+        left, label = 14 + 147 * i, int(labels[i])
+        picture = _add_axes(figure, left, 264, 96, 96)
+        picture.imshow(pixels[i], interpolation="nearest")
+        picture.axis("off")
+        picture.set_title(classes[label], loc="left", size=8.5, weight="bold", color=GREEN, pad=2)
+        bars = _add_axes(figure, left, 364, 137, 50)
+        _draw_bars(bars, top_probabilities[i].tolist(), top_classes[i].tolist(), label, classes)
+    if path is not None:
+        _save(figure, path)
+    return figure
+
+
+def _draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str]) -> None:
+    """Horizontal bars from the top down, each with its class on the left and its percentage on the right."""
+    rows = range(len(indices))
+    axes.barh(rows, [1] * len(rows), height=0.86, color=LIGHT)
+    axes.barh(rows, probabilities, height=0.86, color=[GREEN if index == label else GREY for index in indices])
+    for row, index, probability in zip(rows, indices, probabilities, strict=True):
+        style = {"size": 8, "color": "black", "va": "center_baseline", "weight": "bold" if index == label else "normal"}
+        axes.text(0.03, row, classes[index], **style)
+        axes.text(0.97, row, f"{100 * probability:.0f} %", ha="right", **style)
+    axes.set(xlim=(0, 1), ylim=(2.5, -0.5))
+    axes.axis("off")
+
+
+def _draw_loss_and_accuracy(
+    figure: Figure, metrics: dict[str, list], top: int, height: int, size: int, total_steps: int | None = None
+) -> tuple[Axes, Axes]:
+    """Two panels side by side across a figure of 900 pixels, with fixed y axes."""
+    first_losses = [loss for loss in metrics["train_loss"][:1] + metrics["val_loss"][:1] if math.isfinite(loss)]
+    last_step = total_steps or max([*metrics["train_step"], *metrics["val_step"], 1])
+    panels = []
+    for name, left, factor, limit in (
+        ("loss", 50, 1, max([2.4, *first_losses])),
+        ("accuracy", 506, 100, 100),
+    ):
+        axes = _add_axes(figure, left, top, 376, height)
+        for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
+            values = [factor * value for value in metrics[f"{split}_{name}"]]
+            axes.plot(metrics[f"{split}_step"], values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
+        axes.set(xlim=(0, last_step), ylim=(0, limit))
+        axes.set_title(name, loc="left", size=size + 1, color=DARK)
+        axes.set_xlabel("optimiser step", size=size, color=DARK, labelpad=2)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.tick_params(labelsize=size, color=GREY, labelcolor=DARK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.grid(color=LIGHT)
+        axes.set_axisbelow(True)
+        panels.append(axes)
+    panels[0].legend(loc="upper right", fontsize=size, frameon=False, labelcolor=DARK)
+    panels[1].yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
+    return panels[0], panels[1]
+
+
+# -------------------------------------------------------------------------------------------------------- animation
+
+
+def write_to_gif(
+    frames_dir: str | Path,
+    path: str | Path = "animation.gif",
+    frame_duration: int = 300,
+    max_frames: int = 60,
+    hold_first: int = 1000,
+    hold_last: int = 3000,
+    keep_frames: bool = False,
+) -> Path:
+    """Assemble every `*.png` in `frames_dir`, in the order of their names, into a GIF that repeats for ever.
+
+    Args:
+        frame_duration, hold_first, hold_last: milliseconds that a frame, the first, and the last one is shown.
+        max_frames: of more frames an even selection is taken, with the first and the last.
+        keep_frames: otherwise the frames are deleted once the GIF is written, and their folder if that empties it.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: there is no frame, one is not readable or of another size, or `max_frames` is below 2. Nothing is
+            written or deleted then.
+    """
+    frames_dir, path = Path(frames_dir), Path(path)
+    names = sorted(frames_dir.glob("*.png"))
+    if not names:
+        raise ValueError(f"no frame (*.png) in {frames_dir}")
+    if max_frames < 2:
+        raise ValueError(f"max_frames {max_frames} must be at least 2: the first and the last frame")
+    chosen = np.linspace(0, len(names) - 1, min(len(names), max_frames)).round().astype(int)
+    frames = [_read_frame(names[i]) for i in chosen]
+    for i, frame in zip(chosen, frames, strict=True):
+        if frame.size != frames[0].size:
+            raise ValueError(f"frame {names[i]} is {frame.size} pixels, unlike the first one, {frames[0].size}")
+    palette = _common_palette(frames)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [hold_first] + [frame_duration] * (len(frames) - 2) + [hold_last]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations[-len(frames) :], loop=0)
+    _write_bytes(path, buffer.getvalue())
+    if not keep_frames:
+        for name in names:
+            name.unlink()
+        if not any(frames_dir.iterdir()):
+            frames_dir.rmdir()
+    return path
+
+
+def _read_frame(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as frame:
+            return frame.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"frame {path} is not a readable picture: {error}") from None
+
+
+def _common_palette(frames: list[Image.Image]) -> Image.Image:
+    """255 colours for all frames; the 256th is left for "as in the frame before", which keeps the file small."""
+    width, height = frames[0].size
+    few = [frames[i] for i in sorted({0, len(frames) // 2, len(frames) - 1})]
+    together = Image.new("RGB", (width, height * len(few)))
+    for i, frame in enumerate(few):
+        together.paste(frame, (0, i * height))
+    return together.quantize(colors=255, method=Image.Quantize.MEDIANCUT)
+
+
+# ---------------------------------------------------------------------------------------------------- attention maps
+
+
+def visualize_attention_maps(
+    images: torch.Tensor,
+    attention_weights: torch.Tensor,
+    block: int = -1,
+    patch_size: int | None = None,
+    mean=None,
+    std=None,
+    classes: list[str] | None = None,
+    labels: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    path: str | Path | None = None,
+    max_images: int = 8,
+) -> Figure:
+    """Where one block looks: a row for each image with the image, the mean over heads, and each head.
+
+    Shown is the attention that the CLS token (token 0) pays to each patch; where the number of tokens is a perfect
+    square, so that there is no CLS token, the attention each patch receives, averaged over all tokens. The unit is
+    uniform attention: 1 is what each token has when all have the same (weight 1 / tokens). The scale is common to
+    all maps of an image, begins at 0, and reaches at least to 2, so that near-uniform attention looks like that.
+    Pixels on the right and at the bottom which no patch covers are left plain.
+
+    Args:
+        images: `(batch, 3, h, w)`, as given to the model.
+        attention_weights: `(num_blocks, batch, heads, tokens, tokens)`, or one block's
+            `(batch, heads, tokens, tokens)`; the last axis, the tokens looked at, sums to 1.
+        block: which block, negative counted from the last.
+        patch_size: side of a patch in pixels; None means `h // grid`, right for every size that divides the image.
+        mean, std: the normalisation to be undone for display, a value for each channel (see `to_pixels`).
+        classes: class names.
+        labels: `(batch,)`, the right classes.
+        logits: `(batch, classes)`, for the prediction and its probability.
+        path: where a PNG goes, if anywhere.
+        max_images: rows at most; further images are left out.
+
+    Raises:
+        ValueError: shapes which do not go together, or no such block.
+    """
+    maps = _attention_of_patches(attention_weights, block)
+    shape, grid = tuple(images.shape), maps.shape[-1]
+    pixels = to_pixels(images[:max_images], mean, std)
+    if len(images) == 0 or len(images) != len(maps):
+        raise ValueError(f"{len(images)} images {shape} but attention weights of {len(maps)}")
+    for name, values in (("labels", labels), ("logits", logits)):
+        if values is not None and len(values) != len(images):
+            raise ValueError(f"{len(values)} {name} for {len(images)} images")
+    height, width = shape[2:]
+    patch_size = patch_size or max(1, height // grid)
+    if (height // patch_size, width // patch_size) != (grid, grid):
+        raise ValueError(
+            f"patches of {patch_size} pixels cut {height}x{width} images into {height // patch_size}x"
+            f"{width // patch_size} patches, but the attention weights are of {grid}x{grid}"
+        )
+    rows, heads = len(pixels), maps.shape[1]
+    maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)[:rows]  # (rows, 1 + heads, grid, grid)
+    headings = ["image", "mean over heads", *(f"head {head + 1}" for head in range(heads))]
+    titles = [_describe(row, classes, labels, logits) for row in range(rows)]
+
+    tile = height * max(1, (128 if heads <= 4 else 96) // height)  # whole screen pixels for each pixel
+    row_height = tile + (26 if labels is not None or logits is not None else 8)
+    figure_width = max(480, 14 + len(headings) * (tile + 8) + 56)
+    figure = _figure(figure_width, 54 + rows * row_height + 12, dpi=200)
+    source = "from the CLS token" if attention_weights.shape[-1] > grid**2 else "from all patches, averaged"
+    which = f", block {block % len(attention_weights) + 1} of {len(attention_weights)}" * (attention_weights.ndim == 5)
+    _add_text(figure, 14, 24, f"Attention {source}{which}", size=12, weight="bold")
+    for row in range(rows):
+        top = 54 + (row + 1) * row_height - tile
+        norm = Normalize(0, max(2.0, maps[row].max().item()))
+        for column, heading in enumerate(headings):
+            axes = _add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
+            axes.axis("off")
+            if column == 0:
+                axes.imshow(pixels[row].permute(1, 2, 0), interpolation="nearest")
+            else:
+                _draw_overlay(axes, pixels[row], maps[row, column - 1], patch_size, norm)
+            if row == 0:
+                _add_text(figure, 14 + column * (tile + 8), 52, heading, size=9.5)
+        scale = _add_axes(figure, 16 + len(headings) * (tile + 8), top, 9, tile)
+        figure.colorbar(ScalarMappable(norm, COLOR_MAP), cax=scale)
+        scale.yaxis.set_major_locator(MaxNLocator(4))
+        scale.tick_params(labelsize=8, color=GREY, labelcolor=DARK, length=2, pad=2)
+        scale.set_ylabel("1 = uniform", size=8, color=DARK, labelpad=2)
+        scale.spines[:].set_visible(False)
+        _add_text(figure, 14, top - 4, *titles[row])
+    if path is not None:
+        _save(figure, path)
+    return figure
+
+
+def _attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.Tensor:
+    """Of one block: `(batch, heads, grid, grid)` over the patches, in units of uniform attention."""
+    shape = tuple(attention_weights.shape)
+    if len(shape) not in (4, 5) or shape[-1] != shape[-2] or 0 in shape:
+        raise ValueError(f"attention weights must be ([num_blocks,] batch, heads, tokens, tokens), not {shape}")
+    num_blocks = shape[0] if len(shape) == 5 else 1
+    if not -num_blocks <= block < num_blocks:
+        raise ValueError(f"no block {block}: the attention weights are of {num_blocks}")
+    attention = (attention_weights[block] if len(shape) == 5 else attention_weights).detach().float().cpu()
+    tokens = shape[-1]
+    grid = math.isqrt(tokens)
+    if grid**2 == tokens:
+        to_patches = attention.mean(dim=2)
+    elif grid**2 == tokens - 1:
+        to_patches = attention[:, :, 0, 1:]
+    else:
+        raise ValueError(f"{tokens} tokens are neither a square of patches nor one with a CLS token")
+    return tokens * to_patches.unflatten(2, (grid, grid))
+
+
+def _draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_size: int, norm: Normalize) -> None:
+    """The image in grey and over it `heat` `(grid, grid)`, on exactly the pixels that the patches cover."""
+    covered = heat.shape[0] * patch_size
+    heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0]
+    axes.imshow(pixels.mean(dim=0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)  # pixel i reaches from i - 0.5 to i + 0.5
+    axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=0.65, extent=extent, interpolation="nearest")
+    axes.set(xlim=(-0.5, pixels.shape[2] - 0.5), ylim=(pixels.shape[1] - 0.5, -0.5))
+
+
+def _describe(i: int, classes: list[str] | None, labels, logits) -> tuple[str, str]:
+    """Image i's title, "cat 83 % (is: dog)" as far as it is known, and its colour: green where it is right."""
+
+    def name(index: int) -> str:
+        return classes[index] if classes is not None else f"class {index}"
+
+    label = None if labels is None else int(labels[i])
+    if logits is None:
+        return ("" if label is None else name(label)), DARK
+    probability, prediction = logits[i].detach().float().softmax(dim=0).max(dim=0)
+    title = f"{name(int(prediction))} {100 * probability:.0f} %"
+    if label is None:
+        return title, DARK
+    return f"{title} (is: {name(label)})", GREEN if int(prediction) == label else VERMILLION
+
+
+# -------------------------------------------------------------------------------------- figures and files by the pixel
+
+
+def _figure(width: int, height: int, dpi: int = 100) -> Figure:
+    """A white figure laid out in pixels; with 200 dpi it is drawn at twice the resolution."""
+    return Figure(figsize=(width / 100, height / 100), dpi=dpi)
+
+
+def _add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    figure_width, figure_height = 100 * figure.get_size_inches()
+    bottom = figure_height - top - height
+    return figure.add_axes((left / figure_width, bottom / figure_height, width / figure_width, height / figure_height))
+
+
+def _add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
+    figure_width, figure_height = 100 * figure.get_size_inches()
+    figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, parse_math=False, **style)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    _write_bytes(Path(path), buffer.getvalue())
+
+
+def _write_bytes(path: Path, contents: bytes) -> None:
+    """Write beside `path`, then rename: `path` is at every moment the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
