@@ -35,11 +35,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-PROGRESS = ("epoch", "batch", "step", "seconds")  # of a Runner's attributes, those that a checkpoint holds
+PROGRESS = (
+    "epoch",
+    "batch",
+    "step",
+    "seconds",
+    "last_loss",
+    "skipped",
+)  # of a Runner's attributes, those that a checkpoint holds
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became infinite or not a number; the message says at which step and what to try."""
+    """The loss or a gradient became infinite or not a number; the message says at which step and what to try."""
 
 
 class Runner:
@@ -54,6 +61,9 @@ class Runner:
         eval_criterion: loss reported for validation and test; None means `criterion`. (Training with label smoothing,
             one wants plain cross-entropy here.)
         log_every: steps between two entries in the training metrics.
+        grad_clip: largest norm of all gradients together; longer ones are scaled down to it. None leaves them alone.
+        skip_nonfinite: step over batches whose loss or gradient is infinite or not a number, counting them in
+            `skipped`, where otherwise training stops.
 
     `metrics` holds lists: `train_loss`, `train_accuracy` (averages over the images since the entry before) at
     `train_step`, and `val_loss`, `val_accuracy` at `val_step`. Steps are optimiser steps from the start; accuracies are
@@ -72,6 +82,8 @@ class Runner:
         scheduler: LRScheduler | None = None,
         eval_criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         log_every: int = 50,
+        grad_clip: float | None = None,
+        skip_nonfinite: bool = False,
     ):
         self.device = choose_device("auto") if device is None else torch.device(device)
         self.model = model.to(self.device)
@@ -80,6 +92,8 @@ class Runner:
         self.eval_criterion = eval_criterion or criterion
         self.scheduler = scheduler
         self.log_every = log_every
+        self.grad_clip = grad_clip
+        self.skip_nonfinite = skip_nonfinite
         self.callbacks = {"train_start": [], "step_end": [], "epoch_end": []}
         self.metrics = {
             f"{split}_{quantity}": [] for split in ("train", "val") for quantity in ("loss", "accuracy", "step")
@@ -89,7 +103,10 @@ class Runner:
         self.step = 0  # optimiser steps made
         self.total_steps = None  # of the training that runs
         self.seconds = 0.0  # spent in training steps, without validation
+        self.last_loss = None  # the last that was read, and finite
+        self.skipped = 0  # steps left out because of a loss or gradient that is not finite
         self.stop = False
+        self._unread = torch.zeros((), device=self.device)  # sum of losses and gradient norms not looked at yet
         self.epoch_totals = Totals(self.device)
         self.log_totals = Totals(self.device)  # since the last entry in the training metrics
 
@@ -140,7 +157,7 @@ class Runner:
                 started = time.perf_counter()
                 self._train_step(images.to(self.device), labels.to(self.device))
                 self.seconds += time.perf_counter() - started
-                if self.step % self.log_every == 0 or self.batch == len(loader):
+                if self.log_totals.images and (self.step % self.log_every == 0 or self.batch == len(loader)):
                     self._record("train", self.log_totals.loss, self.log_totals.accuracy)
                     self.log_totals = Totals(self.device)
                 if bar.update(len(labels)):  # it is time to redraw the bar
@@ -160,32 +177,49 @@ class Runner:
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
-        for totals in (self.epoch_totals, self.log_totals):
-            totals.add(loss, logits, labels)
-        # reading the loss makes an accelerator wait, so there it is checked only now and then
-        if self.device.type == "cpu" or (self.step + 1) % self.log_every == 0:
-            self._check_finite()
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        if self._is_finite(loss.detach(), norm):
+            for totals in (self.epoch_totals, self.log_totals):
+                totals.add(loss, logits, labels)
+            self.optimizer.step()
+        else:
+            self.skipped += 1
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
         self.batch += 1
 
+    def _is_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether loss and gradients are finite, as far as is known: where reading makes an accelerator wait, they are
+        added up and read only now and then.
+
+        Raises:
+            NonFiniteLoss: they are not, and `skip_nonfinite` is not set or can no longer help.
+        """
+        self._unread += loss + norm  # stays infinite or not a number once it is
+        if not (self.device.type == "cpu" or self.skip_nonfinite or (self.step + 1) % self.log_every == 0):
+            return True
+        finite = math.isfinite(self._unread.item())
+        self._unread.zero_()
+        if finite:
+            self.last_loss = loss.item()
+        elif not self.skip_nonfinite or not all(p.isfinite().all() for p in self.model.parameters()):
+            last = "there was no finite loss before" if self.last_loss is None else f"the last was {self.last_loss:.4f}"
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step + 1} (epoch "
+                f"{self.epoch + 1}); {last}. Likely causes: the learning rate is too high or its warm-up too short, or "
+                "the images or labels are broken. --skip_nonfinite steps over single batches, while the weights are finite"
+            )
+        return finite
+
     def _progress(self, bar: tqdm) -> str:
         totals = self.epoch_totals
         rate = bar.format_dict["rate"] or bar.n / max(bar.format_dict["elapsed"], 1e-9)
-        left = (self.total_steps - self.step) * totals.images / self.batch / rate
-        return (
-            f"step {self.step}/{self.total_steps} loss {totals.loss:.4f} accuracy {totals.accuracy:.2%}, "
-            f"{_clock(left)} left in all"
-        )
-
-    def _check_finite(self) -> None:
-        if not math.isfinite(self.log_totals.loss):
-            raise NonFiniteLoss(
-                f"the loss is {self.log_totals.loss} at step {self.step + 1} (epoch {self.epoch + 1}): "
-                "try a lower learning rate, a longer warm-up, or look for broken images"
-            )
+        left = (self.total_steps - self.step) * (bar.n / self.batch) / rate
+        text = f"step {self.step}/{self.total_steps} loss {totals.loss:.4f} accuracy {totals.accuracy:.2%}, "
+        if self.skipped:
+            text += f"{self.skipped} steps skipped, "
+        return f"{text}{_clock(left)} left in all"
 
     def _record(self, split: str, loss: float, accuracy: float) -> None:
         self.metrics[f"{split}_loss"].append(loss)
@@ -286,11 +320,11 @@ class Totals:
 
     @property
     def loss(self) -> float:
-        return self._loss.item() / self.images
+        return self._loss.item() / self.images if self.images else math.nan
 
     @property
     def accuracy(self) -> float:
-        return self._correct.item() / self.images
+        return self._correct.item() / self.images if self.images else math.nan
 
 
 def _progress_bar(loader: Iterable, description: str, initial: int = 0) -> tqdm:

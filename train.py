@@ -60,6 +60,8 @@ class Config:
     warmup: float = 0.1  # part of all steps in which the learning rate rises; then it falls to 0 along a cosine
     weight_decay: float = 0.05  # on matrices; norms, biases, CLS token and positions are left alone
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
+    grad_clip: float = 0.0  # largest norm of all gradients together; 0 leaves them alone
+    skip_nonfinite: bool = False  # step over batches whose loss or gradient is not finite, where else training stops
 
     # the run
     seed: int = 0  # of initial weights, order and augmentation: the same seed gives the same weights on a CPU
@@ -103,6 +105,8 @@ def main() -> None:
             device,
             scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup),
             eval_criterion=torch.nn.CrossEntropyLoss(),
+            grad_clip=config.grad_clip or None,
+            skip_nonfinite=config.skip_nonfinite,
         )
         if config.resume:
             resume(runner, config, files)
@@ -157,7 +161,7 @@ def check(config: Config) -> None:
     for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("weight_decay", "gif_frames", "gif_frame_duration"):
+    for name in ("weight_decay", "grad_clip", "gif_frames", "gif_frame_duration"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
     for name in ("warmup", "label_smoothing", "drop_path"):
