@@ -26,9 +26,9 @@ def write_file(path: str | Path, contents: dict) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename it."""
+    """Write to `<path>.tmp`, flush it to the disk, then rename it."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -38,7 +38,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_file(path: str | Path) -> dict:

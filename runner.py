@@ -208,7 +208,7 @@ class Runner:
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step + 1} (epoch "
                 f"{self.epoch + 1}); {last}. Likely causes: the learning rate is too high or its warm-up too short, or "
-                "the images or labels are broken. --skip_nonfinite steps over single batches, while the weights are finite"
+                "the images or labels are broken. --skip_nonfinite steps over such batches while the weights are finite"
             )
         return finite
 

@@ -93,9 +93,10 @@ class Dataset:
 class ImageLoader:
     """Iterates over `(images, labels)` batches: float32 `(batch, 3, height, width)` normalised, int64 `(batch,)`.
 
-    With `shuffle` the order changes every epoch. With `augment` each image is padded by `padding` pixels (reflected)
-    and cropped at a random place, and mirrored half of the time where `flip` is set. Order, crop and mirroring depend
-    on `(seed, epoch, image)` only: not on the batch size, nor on where an epoch was taken up again.
+    With `shuffle` the order changes every epoch. With `augment` each image is padded by `padding` pixels (reflected;
+    default an eighth of its side: 4 for 32) and cropped at a random place, and mirrored half of the time where `flip`
+    is set. Order, crop and mirroring depend on `(seed, epoch, image)` only: not on the batch size, nor on where an
+    epoch was taken up again.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ImageLoader:
         shuffle: bool = False,
         augment: bool = False,
         flip: bool = True,
-        padding: int = 4,
+        padding: int | None = None,
         seed: int = 0,
     ):
         self.images = split.images.to(device)
@@ -119,7 +120,8 @@ class ImageLoader:
         mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self.shift = (-mean / std).view(1, -1, 1, 1)
-        self.shuffle, self.augment, self.flip, self.padding, self.seed = shuffle, augment, flip, padding, seed
+        self.shuffle, self.augment, self.flip, self.seed = shuffle, augment, flip, seed
+        self.padding = self.images.shape[-1] // 8 if padding is None else padding
         self.set_epoch(0)
 
     def __len__(self) -> int:

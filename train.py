@@ -312,10 +312,10 @@ def draw_frames(runner: Runner, val_loader, data: Dataset, config: Config, files
         if runner.step == runner.total_steps:  # once more, now that the last validation is in
             draw(runner)
 
-    if not config.resume:
+    if runner.step == 0:
         for frame in files.frames.glob("frame_*.png"):
             frame.unlink()
-    runner.callbacks["train_start"].append(draw)
+        runner.callbacks["train_start"].append(draw)
     runner.callbacks["step_end"].append(draw_when_due)
     runner.callbacks["epoch_end"].append(draw_last)
 

@@ -6,7 +6,6 @@ file is written beside its destination and then renamed, so that a killed run le
 
 import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
+from files import write_bytes
+
 BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"  # of Okabe and Ito, for every kind of colour vision
 DARK, GREY, LIGHT = "#222222", "#C4C4C4", "#F0F0F0"
-COLOR_MAP = "inferno"
+COLOR_MAP, OPACITY = "inferno", 0.65  # of attention
 
 # ------------------------------------------------------------------------------------------------- images and samples
 
@@ -29,8 +30,8 @@ COLOR_MAP = "inferno"
 def to_pixels(images: torch.Tensor, mean=None, std=None) -> torch.Tensor:
     """Images `(n, 3, h, w)` for display: float32 in [0, 1] on the CPU.
 
-    uint8 images are divided by 255. Of float images the normalisation with `mean` and `std` (one value for each
-    channel) is undone; without these each image is stretched so that it reaches from 0 to 1.
+    uint8 images are divided by 255. Of float images the normalisation with `mean` and `std` (a value for each
+    channel) is undone; without these each image is stretched to reach from 0 to 1.
 
     Raises:
         ValueError: not `(n, 3, h, w)`, or only one of `mean` and `std`.
@@ -67,7 +68,7 @@ def draw_samples(
             sheet[top : top + height, left : left + width] = images[index].permute(1, 2, 0).cpu().numpy()
     scale = max(1, 72 // height)
     sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
-    margin = 20 + 8 * max(len(name) for name in classes)
+    margin = 26 + 8 * max(len(name) for name in classes)
     figure = _figure(margin + sheet_width + 10, sheet_height + 20)
     axes = _add_axes(figure, margin, 10, sheet_width, sheet_height)
     axes.imshow(sheet, interpolation="nearest")
@@ -172,7 +173,7 @@ def _draw_loss_and_accuracy(
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
             values = [factor * value for value in metrics[f"{split}_{name}"]]
             axes.plot(metrics[f"{split}_step"], values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
-        axes.set(xlim=(0, last_step), ylim=(0, limit))
+        axes.set(xlim=(0, 1.01 * last_step), ylim=(0, limit))
         axes.set_title(name, loc="left", size=size + 1, color=DARK)
         axes.set_xlabel("optimiser step", size=size, color=DARK, labelpad=2)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -230,7 +231,7 @@ def write_to_gif(
     durations = [hold_first] + [frame_duration] * (len(frames) - 2) + [hold_last]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations[-len(frames) :], loop=0)
-    _write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
     if not keep_frames:
         for name in names:
             name.unlink()
@@ -243,8 +244,8 @@ def _read_frame(path: Path) -> Image.Image:
     try:
         with Image.open(path) as frame:
             return frame.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"frame {path} is not a readable picture: {error}") from None
+    except (OSError, SyntaxError, ValueError):
+        raise ValueError(f"frame {path} is not a readable picture") from None
 
 
 def _common_palette(frames: list[Image.Image]) -> Image.Image:
@@ -254,7 +255,7 @@ def _common_palette(frames: list[Image.Image]) -> Image.Image:
     together = Image.new("RGB", (width, height * len(few)))
     for i, frame in enumerate(few):
         together.paste(frame, (0, i * height))
-    return together.quantize(colors=255, method=Image.Quantize.MEDIANCUT)
+    return together.quantize(colors=255, method=Image.Quantize.MAXCOVERAGE)
 
 
 # ---------------------------------------------------------------------------------------------------- attention maps
@@ -306,7 +307,10 @@ def visualize_attention_maps(
         if values is not None and len(values) != len(images):
             raise ValueError(f"{len(values)} {name} for {len(images)} images")
     height, width = shape[2:]
-    patch_size = patch_size or max(1, height // grid)
+    if patch_size is None:
+        patch_size = max(1, height // grid)
+    if patch_size < 1:
+        raise ValueError(f"patch_size {patch_size} must be at least 1")
     if (height // patch_size, width // patch_size) != (grid, grid):
         raise ValueError(
             f"patches of {patch_size} pixels cut {height}x{width} images into {height // patch_size}x"
@@ -314,12 +318,12 @@ def visualize_attention_maps(
         )
     rows, heads = len(pixels), maps.shape[1]
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)[:rows]  # (rows, 1 + heads, grid, grid)
-    headings = ["image", "mean over heads", *(f"head {head + 1}" for head in range(heads))]
+    headings = ["image", "mean of heads", *(f"head {head + 1}" for head in range(heads))]
     titles = [_describe(row, classes, labels, logits) for row in range(rows)]
 
     tile = height * max(1, (128 if heads <= 4 else 96) // height)  # whole screen pixels for each pixel
-    row_height = tile + (26 if labels is not None or logits is not None else 8)
-    figure_width = max(480, 14 + len(headings) * (tile + 8) + 56)
+    row_height = tile + (26 if labels is not None or logits is not None else 14)
+    figure_width = max(480, 14 + len(headings) * (tile + 8) + 62)
     figure = _figure(figure_width, 54 + rows * row_height + 12, dpi=200)
     source = "from the CLS token" if attention_weights.shape[-1] > grid**2 else "from all patches, averaged"
     which = f", block {block % len(attention_weights) + 1} of {len(attention_weights)}" * (attention_weights.ndim == 5)
@@ -331,17 +335,12 @@ def visualize_attention_maps(
             axes = _add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
             axes.axis("off")
             if column == 0:
-                axes.imshow(pixels[row].permute(1, 2, 0), interpolation="nearest")
+                axes.imshow(pixels[row].permute(1, 2, 0).numpy(), interpolation="nearest")
             else:
                 _draw_overlay(axes, pixels[row], maps[row, column - 1], patch_size, norm)
             if row == 0:
-                _add_text(figure, 14 + column * (tile + 8), 52, heading, size=9.5)
-        scale = _add_axes(figure, 16 + len(headings) * (tile + 8), top, 9, tile)
-        figure.colorbar(ScalarMappable(norm, COLOR_MAP), cax=scale)
-        scale.yaxis.set_major_locator(MaxNLocator(4))
-        scale.tick_params(labelsize=8, color=GREY, labelcolor=DARK, length=2, pad=2)
-        scale.set_ylabel("1 = uniform", size=8, color=DARK, labelpad=2)
-        scale.spines[:].set_visible(False)
+                _add_text(figure, 14 + column * (tile + 8), 52, heading, size=9)
+        _draw_scale(_add_axes(figure, 16 + len(headings) * (tile + 8), top, 9, tile), norm)
         _add_text(figure, 14, top - 4, *titles[row])
     if path is not None:
         _save(figure, path)
@@ -371,11 +370,23 @@ def _attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.
 def _draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_size: int, norm: Normalize) -> None:
     """The image in grey and over it `heat` `(grid, grid)`, on exactly the pixels that the patches cover."""
     covered = heat.shape[0] * patch_size
-    heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0]
-    axes.imshow(pixels.mean(dim=0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0].numpy()
+    axes.imshow(
+        pixels.mean(dim=0).numpy(), cmap="gray", vmin=-0.3, vmax=1.6, interpolation="nearest"
+    )  # little contrast
     extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)  # pixel i reaches from i - 0.5 to i + 0.5
-    axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=0.65, extent=extent, interpolation="nearest")
+    axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=OPACITY, extent=extent, interpolation="nearest")
     axes.set(xlim=(-0.5, pixels.shape[2] - 0.5), ylim=(pixels.shape[1] - 0.5, -0.5))
+
+
+def _draw_scale(axes: Axes, norm: Normalize) -> None:
+    """The colour bar of one row of maps, over a middling grey as the maps are over the image."""
+    bar = axes.figure.colorbar(ScalarMappable(norm, COLOR_MAP), cax=axes, alpha=OPACITY, ticks=MaxNLocator(4))
+    bar.outline.set_visible(False)
+    axes.set_facecolor("0.4")
+    axes.tick_params(labelsize=8, color=GREY, labelcolor=DARK, length=2, pad=2)
+    axes.set_ylabel("× uniform", size=8, color=DARK)
+    axes.yaxis.set_label_coords(5, 0.5)
 
 
 def _describe(i: int, classes: list[str] | None, labels, logits) -> tuple[str, str]:
@@ -416,15 +427,4 @@ def _add_text(figure: Figure, left: float, baseline: float, text: str, color: st
 def _save(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
-    _write_bytes(Path(path), buffer.getvalue())
-
-
-def _write_bytes(path: Path, contents: bytes) -> None:
-    """Write beside `path`, then rename: `path` is at every moment the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(contents)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, buffer.getvalue())

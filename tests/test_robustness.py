@@ -1,0 +1,264 @@
+"""Nothing is lost and nothing half-written is left: damaged files, failing disks, kills, and any hyperparameters."""
+
+import builtins
+import contextlib
+import errno
+import io
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import crash_test
+import psutil
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import files
+import train
+from network import VisionTransformer
+from setup_cifar import Dataset, Split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_dataset(images: int = 16, size: int = 32) -> Dataset:
+    torch.manual_seed(0)
+
+    def split(n: int) -> Split:
+        return Split(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.randint(0, 10, (n,)))
+
+    return Dataset("digits", [str(i) for i in range(10)], split(images), split(8), split(8), flip=False)
+
+
+def run_main(monkeypatch, folder: Path, *flags: str, data: Dataset | None = None) -> tuple[int, str]:
+    """train.py in this process on a tiny data set; exit code and stderr without progress bars."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(folder), "--gif_frames", "0", *flags])
+    monkeypatch.setattr(train, "load_data", lambda *_: data or tiny_dataset())
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    errors = io.StringIO()
+    code = 0
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    return code, "\n".join(line for line in errors.getvalue().splitlines() if "error:" in line)
+
+
+# ------------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A real training checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
+        assert run_main(monkeypatch, folder, *flags) == (0, "")
+    return folder / "saved" / "VisionTransformer_digits.checkpoint"
+
+
+def loads_correctly_or_is_refused(path: Path, original: str) -> bool:
+    """True if refused; fails on any other exception or on contents that are not the original's."""
+    try:
+        contents = files.read_file(path)
+    except files.CheckpointError as error:
+        assert "\n" not in str(error)
+        return True
+    assert files._digest(contents) == original
+    return False
+
+
+def test_a_truncated_checkpoint_is_refused_at_any_length(checkpoint, tmp_path):
+    data, original = checkpoint.read_bytes(), files._digest(files.read_file(checkpoint))
+    damaged = tmp_path / "damaged"
+    lengths = random.Random(0).sample(range(len(data)), 50)
+    for length in [0, *lengths]:
+        damaged.write_bytes(data[:length])
+        assert loads_correctly_or_is_refused(damaged, original)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_or_harmless(checkpoint, tmp_path):
+    data, original = checkpoint.read_bytes(), files._digest(files.read_file(checkpoint))
+    damaged = tmp_path / "damaged"
+    refused = 0
+    for position in random.Random(0).sample(range(8 * len(data)), 50):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        damaged.write_bytes(flipped)
+        refused += loads_correctly_or_is_refused(damaged, original)
+    assert refused > 25  # most bits are weights, which the checksum guards
+
+
+def test_the_checksum_itself_finds_an_altered_weight(checkpoint, tmp_path):
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["runner"]["model"]["head.bias"][0] += 1e-6
+    torch.save(contents, tmp_path / "altered")
+    with pytest.raises(files.CheckpointError, match="checksum"):
+        files.read_file(tmp_path / "altered")
+
+
+def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / checkpoint.name).write_bytes(checkpoint.read_bytes()[:-100])
+    code, errors = run_main(monkeypatch, tmp_path, "--batch_size", "8", "--resume")
+    assert code == 2 and "truncated or damaged" in errors
+
+
+# ------------------------------------------------------------------------------------------------- failing disks
+
+
+class FullDisk(io.RawIOBase):
+    """Takes half of what is written to it, as a disk does that becomes full."""
+
+    def __init__(self, path):
+        self.file = io.FileIO(path, "w")
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    files.write_file(path, {"value": torch.ones(3)})
+    monkeypatch.setattr(files, "open", lambda path, mode: FullDisk(path), raising=False)
+    with pytest.raises(OSError, match="cannot write .*file: No space left on device"):
+        files.write_file(path, {"value": torch.zeros(3)})
+    assert torch.equal(files.read_file(path)["value"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fills_up_in_training_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    writes = []
+
+    def fill_up(path, mode):
+        writes.append(path)
+        return FullDisk(path) if len(writes) > 4 else builtins.open(path, mode)  # two probes, two checkpoints
+
+    monkeypatch.setattr(files, "open", fill_up, raising=False)
+    flags = ("--epochs", "9", "--hidden_size", "8", "--num_blocks", "1", "--batch_size", "8")
+    code, errors = run_main(monkeypatch, tmp_path, *flags)
+    assert code == 1 and "No space left" in errors and errors.count("\n") == 0
+    assert (
+        files.read_file(tmp_path / "saved" / "VisionTransformer_digits.checkpoint")["runner"]["progress"]["epoch"] == 2
+    )
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_folder_deleted_during_the_run_is_made_again(tmp_path):
+    files.write_file(tmp_path / "saved" / "a", {})
+    (tmp_path / "saved" / "a").unlink()
+    (tmp_path / "saved").rmdir()
+    files.write_file(tmp_path / "saved" / "a", {"x": 1})
+    assert files.read_file(tmp_path / "saved" / "a") == {"x": 1}
+
+
+# -------------------------------------------------------------------------------------------- kills and two at once
+
+
+def test_a_run_killed_three_times_ends_as_the_run_left_alone(tmp_path):
+    epochs, kills = 8, 3
+    crash_test.run_to_the_end(tmp_path / "alone", epochs)
+    met = crash_test.crash(tmp_path / "crashed", epochs, kills, seed=1)
+    assert sum(met.values()) >= 2
+    assert crash_test.differences(tmp_path / "alone", tmp_path / "crashed") == []
+
+
+def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path, monkeypatch):
+    (tmp_path / "saved").mkdir()
+    with FileLock(tmp_path / "saved" / "VisionTransformer_digits.lock"):
+        flags = [*crash_test.FLAGS.split(), "--output_dir", str(tmp_path)]
+        second = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+    assert second.returncode == 2 and "another run named VisionTransformer_digits" in second.stderr
+    # the lock file of a run that has ended is no lock
+    code, errors = run_main(monkeypatch, tmp_path, "--epochs", "1", "--num_blocks", "1", "--batch_size", "8")
+    assert code == 0, errors
+
+
+# --------------------------------------------------------------------------------------------------- long runs
+
+
+def test_a_long_run_does_not_grow(tmp_path, monkeypatch):
+    """200 epochs with frames: the process's memory at the end within 5 % of that after the tenth epoch."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    sizes = []
+
+    def measure(runner):
+        if runner.epoch in (10, 200):
+            sizes.append(psutil.Process().memory_info().rss)
+
+    data = tiny_dataset()
+    model = VisionTransformer(hidden_size=8, num_heads=2, num_blocks=1, patch_size=16)
+    config = train.Config(epochs=200, gif_frames=20, output_dir=str(tmp_path))
+    paths = train.Files(config, "VisionTransformer", "digits")
+    runner = train.Runner(model, torch.optim.AdamW(model.parameters()), torch.nn.CrossEntropyLoss(), "cpu")
+    val_loader = data.loader("val", 8)
+    train.draw_frames(runner, val_loader, data, config, paths, "a long run")
+    train.write_checkpoints(runner, config, paths)
+    runner.callbacks["epoch_end"].append(measure)
+    runner.train(data.loader("train", 16, shuffle=True), val_loader, epochs=200)
+    assert sizes[1] < 1.05 * sizes[0]
+    assert len(list(paths.frames.iterdir())) <= 22
+
+
+# ------------------------------------------------------------------------------------------- any hyperparameters
+
+
+def mostly(good: list, bad: list):
+    """One of `good` nine times in ten, so that a combination of many is often good altogether."""
+    return st.integers(0, 9).flatmap(lambda i: st.sampled_from(good if i else bad))
+
+
+trained = []
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    model=st.sampled_from(["vit", "vit", "vit", "cnn", "mlp"]),
+    hidden_size=mostly([8, 16, 24, 32, 64], [-1, 0, 1, 3, 33]),
+    num_heads=mostly([1, 2, 4, 8], [-1, 0, 3]),
+    num_blocks=mostly([1, 2, 3], [-1, 0]),
+    patch_size=mostly([2, 3, 4, 6, 8], [-1, 0, 1, 33]),
+    mlp_ratio=mostly([0.01, 0.5, 1.0, 4.0], [-1.0, 0.0]),
+    pooling=st.sampled_from(["mean", "cls"]),
+    tokenizer=st.sampled_from(["patch", "patch", "conv"]),
+    drop_path=mostly([0.0, 0.5], [-0.1, 1.0]),
+    batch_size=mostly([1, 3, 5, 16], [-1, 0, 17]),
+    epochs=mostly([1, 2], [-1, 0]),
+    optimizer=st.sampled_from(["muon", "adamw"]),
+    lr=mostly([1e-3, 1e-2], [-1.0, 0.0, float("nan")]),
+    warmup=mostly([0.0, 0.1, 0.9], [-0.5, 1.0]),
+    size=st.sampled_from([4, 5, 8, 32]),
+)
+def test_any_hyperparameters_train_or_are_refused_before_anything_is_written(size, **hyperparameters):
+    flags = [part for name, value in hyperparameters.items() for part in (f"--{name}", str(value))]
+    data = tiny_dataset(16, size)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "draw_pictures", lambda *_: [])  # they have tests of their own, and take long
+        code, errors = run_main(monkeypatch, Path(folder), *flags, data=data)
+        if code:
+            assert code == 2 and len(errors.splitlines()) == 1, errors
+            assert list(Path(folder).iterdir()) == []
+        else:
+            trained.append(hyperparameters)
+            model = train.Module.load(next(Path(folder).glob("saved/*.pt")))
+            logits = model(torch.rand(2, 3, size, size))
+            assert logits.shape == (2, 10) and logits.isfinite().all()
+
+
+def test_many_of_these_combinations_did_train():
+    assert len(trained) > 60
