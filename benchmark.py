@@ -1,25 +1,76 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
-python benchmark.py --time_to_accuracy       # wall clock until 60.63 % validation accuracy, three seeds each
+    python benchmark.py                          # training step, pipeline, and how cost grows: under ten minutes
+    python benchmark.py --time_to_accuracy       # seconds until 60.63 % validation accuracy, three seeds each
+
+Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
+medians, as ratios. Tables are printed and stored as JSON under figures/. Needs requirements-dev.txt.
 """
 
 import dataclasses
 import json
+import os
+import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cli
-from network import write_bytes
-from setup_cifar import Split, import_torchvision, load_data
+from files import write_bytes
+from network import VisionTransformer
+from optim import build_optimizer, build_schedule
+from runner import Runner
+from setup_cifar import Dataset, Split, import_torchvision, load_data
+
+TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20 epochs
+
+
+@dataclass
+class Config:
+    """Compare speeds."""
+
+    time_to_accuracy: bool = False  # train reference and quick ViT until 60.63 % validation accuracy
+    seeds: int = 3  # runs of each in time_to_accuracy
+    contender: str | None = None  # one run of time_to_accuracy: reference or quick
+    seed: int = 0  # of that run
+    stop_at: float = TARGET  # validation accuracy (a fraction) at which that run ends; 1 trains all its epochs
+    repeats: int = 15  # timed steps of each contender
+    threads: int = 1  # of torch
+    data_dir: str | None = None  # where CIFAR-10 lies
+    output_dir: str = "figures"  # where the results go
+
+
+def main() -> None:
+    config = cli.parse(Config)
+    torch.set_num_threads(config.threads)
+    folder = Path(config.output_dir)
+    if config.contender:
+        with cli.one_line_errors():
+            save(folder / f"time_to_accuracy_{config.contender}_{config.seed}.json", time_run(config))
+    elif config.time_to_accuracy:
+        time_to_accuracy(config, folder)
+    else:
+        results = {"step": compare_steps(config), "pipeline": compare_pipeline(config), "cost": measure_cost(config)}
+        save(folder / "benchmark.json", {**results, "provenance": cli.provenance()})
+
+
+def save(path: Path, contents: dict) -> None:
+    write_bytes(path, json.dumps(contents, indent=1).encode())
+    print(f"wrote {path}")
+
 
 # ---------------------------------------------------------------------------------------------------- the reference
 
@@ -87,41 +138,220 @@ class PILDataset(TorchDataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
+# -------------------------------------------------------------------------------------------------- training step
+
+
+def training_step(model: nn.Module, optimizer, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    def step():
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: str = "adamw"):
+    """What `Runner` does in a step, with metrics and the check for infinities, as train.py uses it."""
+    runner = Runner(model, build_optimizer(model, optimizer), nn.CrossEntropyLoss(), "cpu")
+    model.train()
+    return lambda: runner._train_step(images, labels)
+
+
+def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Wall-clock seconds of each step, measured in turns."""
+    seconds = {name: [] for name in steps}
+    for repeat in tqdm(range(warmup + repeats), desc="taking turns"):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare_steps(config: Config) -> dict:
+    """A training step of batch 128 at hidden 64, 4 heads, 4 blocks, patch 4, in fp32."""
+    import_torchvision()  # timm needs it
+    from timm.models import VisionTransformer as TimmViT
+    from vit_pytorch import ViT as PytorchViT
+    from vit_pytorch.cct import cct_2
+
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+
+    def plain(model):
+        return training_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3), images, labels)
+
+    def ours(**options):
+        return VisionTransformer(**options)
+
+    timm_sizes = dict(img_size=32, patch_size=4, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4)
+    lucid_sizes = dict(image_size=32, patch_size=4, num_classes=10, dim=64, depth=4, heads=4, dim_head=16, mlp_dim=256)
+    reference = ReferenceViT()
+    default = ours(pooling="mean")
+    steps = {
+        "reference, MLP ratio 1": training_step(reference, torch.optim.Adam(reference.parameters()), images, labels),
+        "ours, MLP ratio 1, CLS": our_step(ours(mlp_ratio=1.0), images, labels),
+        "ours, MLP ratio 1, mean": our_step(ours(mlp_ratio=1.0, pooling="mean"), images, labels),
+        "timm, MLP ratio 4": plain(TimmViT(**timm_sizes)),
+        "vit-pytorch, MLP ratio 4": plain(PytorchViT(**lucid_sizes)),
+        "ours, MLP ratio 4, CLS": our_step(ours(), images, labels),
+        "ours, MLP ratio 4, mean": our_step(default, images, labels),
+        "ours, MLP ratio 4, mean, Muon (train.py)": our_step(ours(pooling="mean"), images, labels, "muon"),
+        "cct_2 of vit-pytorch": plain(cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)),
+        "ours, convolutional tokenizer, MLP ratio 2": our_step(
+            ours(tokenizer="conv", pooling="mean", mlp_ratio=2.0), images, labels
+        ),
+    }
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    seconds = take_turns({**steps, "GEMM": lambda: left @ right}, config.repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    gemm_rate = 2 * 2048**3 / medians.pop("GEMM")
+    with FlopCounterMode(display=False) as counter:
+        training_step(default, torch.optim.SGD(default.parameters()), images, labels)()
+    share = counter.get_total_flops() / medians["ours, MLP ratio 4, mean"] / gemm_rate
+
+    print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns\n")
+    print("| contender | ms (median) | images/s |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {1e3 * median:.1f} | {128 / median:,.0f} |")
+    ratios = {
+        f"{peer} / {mine}": medians[peer] / medians[mine]
+        for peer, mine in [
+            ("reference, MLP ratio 1", "ours, MLP ratio 1, CLS"),
+            ("reference, MLP ratio 1", "ours, MLP ratio 1, mean"),
+            ("timm, MLP ratio 4", "ours, MLP ratio 4, CLS"),
+            ("timm, MLP ratio 4", "ours, MLP ratio 4, mean"),
+            ("vit-pytorch, MLP ratio 4", "ours, MLP ratio 4, CLS"),
+            ("vit-pytorch, MLP ratio 4", "ours, MLP ratio 4, mean"),
+        ]
+    }
+    print("\n| ratio of medians | |\n|---|---|")
+    for name, ratio in ratios.items():
+        print(f"| {name} | {ratio:.2f} |")
+    print(f"\nFLOPs of the default step over the GEMM rate of {gemm_rate / 1e9:.0f} GFLOP/s: {share:.2f}")
+    return {"medians": medians, "ratios": ratios, "gemm_flops_per_second": gemm_rate, "share_of_gemm_rate": share}
+
+
+# ------------------------------------------------------------------------------------------------------- pipeline
+
+
+def synthetic_data(images: int = 4096) -> Dataset:
+    """Random pictures of CIFAR-10's shape: how long they take does not depend on what they show."""
+    random = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        pictures = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=random)
+        return Split(pictures, torch.randint(0, 10, (n,), generator=random))
+
+    return Dataset("random", [str(i) for i in range(10)], split(images), split(512), split(512), flip=True)
+
+
+def compare_pipeline(config: Config) -> dict:
+    """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
+    data = synthetic_data()
+    loader = data.loader("train", 128, shuffle=True, augment=True)
+    images, labels = next(iter(loader))
+    model = VisionTransformer(pooling="mean")
+    bare = our_step(model, images, labels, "muon")
+    optimizer = build_optimizer(model)
+    runner = Runner(
+        model, optimizer, nn.CrossEntropyLoss(), "cpu", build_schedule(optimizer, 10_000), eval_criterion=None
+    )
+
+    def bare_epoch():
+        for _ in range(len(loader)):
+            bare()
+
+    seconds = take_turns({"bare": bare_epoch, "whole": lambda: runner.train(loader, epochs=1)}, repeats=3, warmup=1)
+    rates = {name: data_size / statistics.median(s) for name, s in seconds.items() for data_size in [len(data.train)]}
+    share = rates["whole"] / rates["bare"]
+    print("\n| pipeline | images/s |\n|---|---|")
+    print(f"| bare step, the same batch again and again | {rates['bare']:,.0f} |")
+    print(f"| whole epoch: shuffling, augmentation, metrics, progress bar | {rates['whole']:,.0f} |")
+    print(f"| ratio | {share:.3f} |")
+    return {"images_per_second": rates, "ratio": share}
+
+
+# ----------------------------------------------------------------------------------------------- how cost grows
+
+
+GROWTH = {  # what varies, and its values
+    "patch_size": [8, 4, 2],
+    "hidden_size": [32, 64, 128, 256],
+    "num_blocks": [2, 4, 8],
+    "batch_size": [32, 64, 128, 256],
+}
+
+
+def measure_cost(config: Config) -> dict:
+    """Step time and peak memory against tokens, width, depth and batch, each in a process of its own."""
+    rows = []
+    for name, values in GROWTH.items():
+        for value in tqdm(values, desc=f"cost against {name}"):
+            options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
+            command = [sys.executable, __file__, "cost", json.dumps(options), str(config.threads)]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            rows.append({"varied": name, **options, **json.loads(output)})
+    exponents = {}
+    for name in GROWTH:
+        chosen = [row for row in rows if row["varied"] == name]
+        size = [(32 // row["patch_size"]) ** 2 if name == "patch_size" else row[name] for row in chosen]
+        for quantity in ("seconds", "memory_mb"):
+            slope = np.polyfit(np.log(size), np.log([row[quantity] for row in chosen]), 1)[0]
+            exponents[f"{quantity} ~ {'tokens' if name == 'patch_size' else name}"] = round(float(slope), 2)
+    print("\n| varied | value | tokens | step, ms | memory above the start, MB |\n|---|---|---|---|---|")
+    for row in rows:
+        tokens = (32 // row["patch_size"]) ** 2
+        value = row[row["varied"]]
+        print(f"| {row['varied']} | {value} | {tokens} | {1e3 * row['seconds']:.0f} | {row['memory_mb']:.0f} |")
+    print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
+    return {"rows": rows, "exponents": exponents}
+
+
+def cost_of_one(options: dict, threads: int) -> dict:
+    """Median seconds of a step, and the peak resident memory above what the process needed before it."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, kilobytes elsewhere
+    torch.set_num_threads(threads)
+    batch_size = options.pop("batch_size")
+    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
+    seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"seconds": statistics.median(seconds), "memory_mb": (after - before) / 2**20}
+
+
 # ----------------------------------------------------------------------------------------------- time to accuracy
-
-TARGET = 0.6063  # test accuracy of the earlier code of this kind after 20 epochs
-
-
-@dataclass
-class Config:
-    """Time one training run, epoch by epoch."""
-
-    contender: Literal["reference", "quick"] = "reference"  # which
-    seed: int = 0  # of weights and order
-    epochs: int = 20  # passes over the 40,000 training images
-    stop_at: float = TARGET  # end once the validation accuracy (a fraction) is reached; 1 to train to the end
-    data_dir: str | None = None  # where CIFAR-10 lies
-    output_dir: str = "saved/benchmark"  # where the figures go
 
 
 def time_run(config: Config) -> dict:
-    """Validation accuracy after each epoch against the seconds spent in training: wall clock and CPU time."""
+    """Validation accuracy after each epoch against the seconds spent in training, evaluation excluded."""
     torch.manual_seed(config.seed)
     data = load_data("cifar10", config.data_dir)
-    criterion = nn.CrossEntropyLoss()
-    schedule = None
     if config.contender == "reference":
-        model = ReferenceViT()
+        model, epochs, schedule = ReferenceViT(), 20, None
         train_loader = DataLoader(PILDataset(data.train), batch_size=128, shuffle=True)
         val_loader = DataLoader(PILDataset(data.val), batch_size=128)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    elif config.contender == "quick":
+        epochs = 1
+        model = VisionTransformer(patch_size=8, num_blocks=2, mlp_ratio=2.0, tokenizer="conv", pooling="mean")
+        train_loader = data.loader("train", 64, shuffle=True, augment=True, seed=config.seed)
+        val_loader = data.loader("val", 500)
+        optimizer = build_optimizer(model, "muon", lr=8e-3)
+        schedule = build_schedule(optimizer, epochs * len(train_loader))
+    else:
+        raise ValueError(f"unknown contender {config.contender!r}: choose reference or quick")
     history = []
     wall = cpu = 0.0
-    for epoch in range(config.epochs):
+    for epoch in range(1, epochs + 1):
         model.train()
         wall_started, cpu_started = time.perf_counter(), time.process_time()
-        for images, labels in tqdm(train_loader, desc=f"{config.contender} epoch {epoch + 1}", mininterval=10):
-            loss = criterion(model(images), labels)
+        for images, labels in tqdm(train_loader, desc=f"{config.contender}, seed {config.seed}, epoch {epoch}"):
+            loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -129,23 +359,59 @@ def time_run(config: Config) -> dict:
                 schedule.step()
         wall += time.perf_counter() - wall_started
         cpu += time.process_time() - cpu_started
-        accuracy = evaluate(model, val_loader)
-        history.append({"epoch": epoch + 1, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
-        print(json.dumps(history[-1]), flush=True)
+        accuracy = accuracy_of(model, val_loader)
+        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
         if accuracy > config.stop_at:
             break
     return {"config": dataclasses.asdict(config), "history": history, "provenance": cli.provenance()}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader) -> float:
+def accuracy_of(model: nn.Module, loader) -> float:
     model.eval()
-    correct = sum((model(images).argmax(dim=1) == labels).sum().item() for images, labels in loader)
-    return correct / len(loader.dataset)
+    correct = total = 0
+    for images, labels in loader:
+        correct += (model(images).argmax(dim=1) == labels).sum().item()
+        total += len(labels)
+    return correct / total
+
+
+def time_to_accuracy(config: Config, folder: Path) -> None:
+    """Run what is missing, each in a process of its own, two contenders by turns; then compare medians."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+    reached = {"reference": [], "quick": []}
+    for seed in range(config.seeds):
+        for contender, rows in reached.items():
+            path = folder / f"time_to_accuracy_{contender}_{seed}.json"
+            if not path.exists():
+                flags = ["--contender", contender, "--seed", str(seed), "--threads", str(config.threads)]
+                flags += ["--output_dir", str(folder)] + (["--data_dir", config.data_dir] if config.data_dir else [])
+                subprocess.run([sys.executable, __file__, *flags], check=True, env=environment)
+            history = json.loads(path.read_text())["history"]
+            rows.append(next((row for row in history if row["val_accuracy"] > TARGET), None))
+    print(f"\nTraining until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)\n")
+    print("| contender | seed | epoch | accuracy | wall seconds | CPU seconds |\n|---|---|---|---|---|---|")
+    for contender, rows in reached.items():
+        for seed, row in enumerate(rows):
+            if row is None:
+                print(f"| {contender} | {seed} | not reached | | | |")
+            else:
+                accuracy = f"{row['val_accuracy']:.2%}"
+                seconds = f"{row['wall_seconds']:.1f} | {row['cpu_seconds']:.1f}"
+                print(f"| {contender} | {seed} | {row['epoch']} | {accuracy} | {seconds} |")
+    ratios = {}
+    for clock in ("wall_seconds", "cpu_seconds"):
+        medians = {
+            contender: statistics.median([row[clock] if row else float("inf") for row in rows])
+            for contender, rows in reached.items()
+        }
+        ratios[clock] = medians["reference"] / medians["quick"]
+        print(f"\nratio of medians, {clock.replace('_', ' ')}: {ratios[clock]:.1f}")
+    save(folder / "time_to_accuracy.json", {"reached": reached, "ratios": ratios, "provenance": cli.provenance()})
 
 
 if __name__ == "__main__":
-    config = cli.parse(Config)
-    result = time_run(config)
-    path = Path(config.output_dir) / f"{config.contender}_seed{config.seed}.json"
-    write_bytes(path, json.dumps(result, indent=1).encode())
+    if sys.argv[1:2] == ["cost"]:  # a process started by measure_cost
+        print(json.dumps(cost_of_one(json.loads(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        main()

@@ -39,6 +39,8 @@ def one_line_errors() -> Iterator[None]:
     """Turn what a user can cause (a bad value, a bad file) into one line; other exceptions keep their traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         fail(str(error))
 

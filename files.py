@@ -1,9 +1,11 @@
 """Files: written whole or not at all, and checked when they are read."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from None
 
 
@@ -52,7 +55,9 @@ def read_file(path: str | Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     try:
-        contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         intact = contents.pop("sha256") == _digest(contents)
     except Exception:  # whatever a damaged or foreign file does to the reader, the user needs to know just this
         raise CheckpointError(f"{path} is not a file of this project, or is truncated or damaged") from None

@@ -4,6 +4,7 @@ Shapes in docstrings name their axes: `tokens` is the number of patches, plus on
 """
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,7 +213,8 @@ class TransformerBlock(Module):
 
     def __init__(self, hidden_size: int = 64, num_heads: int = 4, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        if mlp_ratio <= 0 or not 0 <= drop_path < 1:
+        _require_positive(hidden_size=hidden_size)
+        if not 0 < mlp_ratio < math.inf or not 0 <= drop_path < 1:
             raise ValueError(f"mlp_ratio {mlp_ratio} must be positive and drop_path {drop_path} in [0, 1)")
         mlp_size = max(1, round(hidden_size * mlp_ratio))
         self.drop_path = drop_path
@@ -277,6 +279,8 @@ class VisionTransformer(Module):
         _require_positive(output_size=output_size, num_blocks=num_blocks)
         if pooling not in ("cls", "mean"):
             raise ValueError(f"unknown pooling {pooling!r}: choose cls or mean")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} must be in [0, 1)")
         self.pooling = pooling
         self.embedding = PatchEmbedding(
             img_size, patch_size, hidden_size, in_channels, tokenizer, cls_token=pooling == "cls"

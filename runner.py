@@ -30,6 +30,8 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not to be had on this machine: choose auto, cpu, cuda or mps") from None
     return device
@@ -122,6 +124,8 @@ class Runner:
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
+        if not len(train_loader):
+            raise ValueError("the loader has no images")
         last_epoch = self.epoch + epochs
         self.total_steps = self.step - self.batch + epochs * len(train_loader)
         self.stop = False
@@ -155,9 +159,10 @@ class Runner:
         with _progress_bar(loader, f"epoch {self.epoch + 1}/{last_epoch}", self.epoch_totals.images) as bar:
             for images, labels in batches:
                 started = time.perf_counter()
-                self._train_step(images.to(self.device), labels.to(self.device))
+                due = (self.step + 1) % self.log_every == 0 or self.batch + 1 == len(loader)
+                self._train_step(images.to(self.device), labels.to(self.device), due)
                 self.seconds += time.perf_counter() - started
-                if self.log_totals.images and (self.step % self.log_every == 0 or self.batch == len(loader)):
+                if due and self.log_totals.images:
                     self._record("train", self.log_totals.loss, self.log_totals.accuracy)
                     self.log_totals = Totals(self.device)
                 if bar.update(len(labels)):  # it is time to redraw the bar
@@ -172,13 +177,13 @@ class Runner:
             return loader
         return itertools.islice(loader, self.batch, None)
 
-    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> None:
         logits = self.model(images)
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
-        if self._is_finite(loss.detach(), norm):
+        if self._is_finite(loss.detach(), norm, read_loss):
             for totals in (self.epoch_totals, self.log_totals):
                 totals.add(loss, logits, labels)
             self.optimizer.step()
@@ -189,15 +194,15 @@ class Runner:
         self.step += 1
         self.batch += 1
 
-    def _is_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+    def _is_finite(self, loss: torch.Tensor, norm: torch.Tensor, read: bool) -> bool:
         """Whether loss and gradients are finite, as far as is known: where reading makes an accelerator wait, they are
-        added up and read only now and then.
+        added up and read only when `read` is set.
 
         Raises:
             NonFiniteLoss: they are not, and `skip_nonfinite` is not set or can no longer help.
         """
         self._unread += loss + norm  # stays infinite or not a number once it is
-        if not (self.device.type == "cpu" or self.skip_nonfinite or (self.step + 1) % self.log_every == 0):
+        if not (read or self.skip_nonfinite or self.device.type == "cpu"):
             return True
         finite = math.isfinite(self._unread.item())
         self._unread.zero_()

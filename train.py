@@ -10,6 +10,7 @@ attention maps under figures/, and animation_<model>.gif.
 
 import dataclasses
 import json
+import math
 import shlex
 import signal
 import sys
@@ -50,7 +51,7 @@ class Config:
     mlp_ratio: float = 4.0  # width of a ViT block's hidden layer over hidden_size
     pooling: Literal["mean", "cls"] = "mean"  # what the ViT's head reads: the patches' mean, or a CLS token
     tokenizer: Literal["patch", "conv"] = "patch"  # one strided convolution, or a stack of 3x3 convolutions
-    drop_path: float = 0.0  # probability of skipping a residual branch in the last block (stochastic depth)
+    drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
     # optimisation
     epochs: int = 20  # passes over the training images
@@ -86,12 +87,6 @@ def main() -> None:
         torch.manual_seed(config.seed)
         model = build_model(config, data)
         files = Files(config, type(model).__name__, data.name)
-        files.prepare()
-        lock = FileLock(files.lock)
-        try:
-            lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
-        except Timeout:
-            raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
 
         train_loader = data.loader(
             "train", config.batch_size, device, shuffle=True, augment=config.augment, flip=data.flip, seed=config.seed
@@ -110,6 +105,12 @@ def main() -> None:
         )
         if config.resume:
             resume(runner, config, files)
+        files.prepare()
+        lock = FileLock(files.lock)
+        try:
+            lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
+        except Timeout:
+            raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
 
     title = f"{type(model).__name__} on {data.name}"
     parameters = sum(p.numel() for p in model.parameters())
@@ -159,11 +160,13 @@ def check(config: Config) -> None:
         ValueError: naming the hyperparameter.
     """
     for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
     for name in ("weight_decay", "grad_clip", "gif_frames", "gif_frame_duration"):
-        if not getattr(config, name) >= 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed {config.seed} must be in [0, 2**32)")
     for name in ("warmup", "label_smoothing", "drop_path"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
@@ -325,7 +328,9 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
     utils.draw_curves(runner.metrics, files.curves, title)
     written = [files.curves]
     if config.gif_frames:
-        utils.write_to_gif(files.frames, files.gif, frame_duration=config.gif_frame_duration)
+        utils.write_to_gif(
+            files.frames, files.gif, frame_duration=config.gif_frame_duration, max_frames=max(2, config.gif_frames)
+        )
         written.append(files.gif)
     if config.model == "vit":
         loader = data.loader("test", 4, runner.device)

@@ -1,0 +1,514 @@
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from files import read_file, write_file
+from network import CNN, FeedForward, VisionTransformer
+from optim import MuonAndAdamW, build_optimizer, build_schedule
+from runner import NonFiniteLoss, Runner, choose_device
+
+METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
+
+
+def noise(n=10, seed=0):
+    """Images of noise in 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def batches(n=10, batch_size=4, seed=0):
+    return DataLoader(TensorDataset(*noise(n, seed)), batch_size)
+
+
+def still_runner(**options):
+    """A runner whose model never changes, so that its metrics can be computed by hand."""
+    torch.manual_seed(0)
+    model = FeedForward(48, 8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return Runner(model, optimizer, options.pop("criterion", nn.CrossEntropyLoss()), "cpu", **options)
+
+
+def by_hand(model, images, labels, smoothing=0.0):
+    """Loss and accuracy, image by image."""
+    losses, right = [], 0
+    for image, label in zip(images, labels, strict=True):
+        log_p = model(image[None])[0].double().log_softmax(dim=0)
+        losses.append(-((1 - smoothing) * log_p[label] + smoothing * log_p.mean()).item())
+        right += int(log_p.argmax() == label)
+    return pytest.approx(sum(losses) / len(losses), rel=1e-5), pytest.approx(right / len(labels))
+
+
+def vit_runner(data, optimizer="muon", seed=0, epochs=3, batch_size=300, augment=True, **options):
+    """A small Vision Transformer with everything that is random in training."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_blocks": 2, "patch_size": 8, "drop_path": 0.3}
+    model = VisionTransformer(**{**sizes, **options})
+    loader = data.loader("train", batch_size, shuffle=True, augment=augment, flip=data.flip, seed=seed)
+    optimizer = build_optimizer(model, optimizer, 3e-3)
+    schedule = build_schedule(optimizer, epochs * len(loader))
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    runner = Runner(model, optimizer, criterion, "cpu", schedule, nn.CrossEntropyLoss(), log_every=3)
+    return runner, loader, data.loader("val", 200)
+
+
+def stop_at(step):
+    def stop(runner):
+        runner.stop = runner.step == step
+
+    return stop
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_averages_over_images_not_batches():
+    runner = still_runner()
+    images, labels = noise()
+    metrics = runner.train(batches(), batches(), epochs=1)
+    loss, accuracy = by_hand(runner.model, images, labels)
+    for split in ("train", "val"):
+        assert metrics[f"{split}_loss"] == [loss]
+        assert metrics[f"{split}_accuracy"] == [accuracy]
+    over_batches = sum(by_hand(runner.model, *batch)[0].expected for batch in batches()) / 3
+    assert over_batches != loss  # the last batch is smaller, so a mistake would show
+
+
+def test_training_metrics_are_of_the_images_since_the_entry_before():
+    runner = still_runner(log_every=2)
+    images, labels = noise()
+    metrics = runner.train(batches(), epochs=2)
+    assert metrics["train_step"] == [2, 3, 4, 6]  # every second step, and the last one of an epoch
+    parts = [slice(0, 8), slice(8, 10), slice(0, 4), slice(4, 10)]
+    expected = [by_hand(runner.model, images[part], labels[part]) for part in parts]
+    assert list(zip(metrics["train_loss"], metrics["train_accuracy"], strict=True)) == expected
+
+
+def test_metrics_are_the_six_lists():
+    runner = still_runner()
+    assert runner.metrics == {name: [] for name in METRICS}
+    assert runner.train(batches(), batches(6), epochs=2) is runner.metrics
+    assert runner.metrics["val_step"] == runner.metrics["train_step"] == [3, 6]
+    assert all(len(values) == 2 for values in runner.metrics.values())
+
+
+def test_without_a_validation_loader_there_are_no_validation_metrics():
+    metrics = still_runner().train(batches(), epochs=1)
+    assert metrics["val_loss"] == metrics["val_step"] == []
+
+
+def test_test_gives_loss_and_accuracy():
+    runner = still_runner()
+    loss, accuracy = runner.test(batches(7, seed=1))
+    assert (type(loss), type(accuracy)) == (float, float)
+    assert (loss, accuracy) == by_hand(runner.model, *noise(7, seed=1))
+    assert all(not values for values in runner.metrics.values())
+
+
+def test_label_smoothing_is_for_training_alone():
+    runner = still_runner(criterion=nn.CrossEntropyLoss(label_smoothing=0.2), eval_criterion=nn.CrossEntropyLoss())
+    metrics = runner.train(batches(), batches(), epochs=1)
+    assert metrics["train_loss"] == [by_hand(runner.model, *noise(), smoothing=0.2)[0]]
+    assert metrics["val_loss"] == [by_hand(runner.model, *noise())[0]]
+    assert runner.test(batches())[0] == metrics["val_loss"][0]
+
+
+def test_the_criterion_serves_for_evaluation_where_no_other_is_given():
+    runner = still_runner(criterion=nn.CrossEntropyLoss(label_smoothing=0.2))
+    assert runner.test(batches())[0] == by_hand(runner.model, *noise(), smoothing=0.2)[0]
+
+
+def test_empty_loaders_are_value_errors():
+    nothing = DataLoader(TensorDataset(*noise(3)), batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="no images"):
+        still_runner().test(nothing)
+    with pytest.raises(ValueError, match="no images"):
+        still_runner().train(nothing, epochs=1)
+
+
+def test_epochs_below_one_are_refused():
+    for epochs in (0, -1):
+        with pytest.raises(ValueError, match="epochs"):
+            still_runner().train(batches(), epochs=epochs)
+
+
+# ------------------------------------------------------------------------------------------- modes and gradients
+
+
+def test_modes_are_right_in_training_validation_and_plots():
+    runner = still_runner()
+    modes = []
+    runner.model.register_forward_hook(lambda model, *_: modes.append(model.training))
+    runner.callbacks["epoch_end"].append(lambda runner: runner.plot(batches()))
+    runner.train(batches(), batches(6), epochs=2)
+    assert modes == 2 * ([True] * 3 + [False] * 2 + [False])
+    assert runner.model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_and_plots_leave_mode_and_gradients_as_they_were(training):
+    runner = still_runner()
+    runner.model.train(training)
+    runner.test(batches())
+    runner.plot(batches())
+    assert runner.model.training is training
+    assert all(p.grad is None for p in runner.model.parameters())
+
+
+def test_plot_saves_a_picture_and_leaves_the_random_state_alone(digits, tmp_path):
+    runner, train_loader, val_loader = vit_runner(digits)
+    runner.train(train_loader, val_loader, epochs=1)
+    state = torch.get_rng_state()
+    figure = runner.plot(val_loader, save_path=tmp_path / "folder" / "plot.png", classes=digits.classes, title="digits")
+    assert figure is not None
+    assert (tmp_path / "folder" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_vision_transformer_learns_the_digits(digits, optimizer):
+    runner, train_loader, val_loader = vit_runner(
+        digits, optimizer, epochs=12, batch_size=32, augment=False, hidden_size=32, drop_path=0.0
+    )
+    metrics = runner.train(train_loader, val_loader, epochs=12)
+    assert metrics["train_loss"][-1] < 0.6 * metrics["train_loss"][0]
+    assert metrics["val_accuracy"][-1] > 0.75
+    assert runner.test(digits.loader("test", 100))[1] > 0.7
+
+
+def test_a_plain_data_loader_trains_as_well(digits):
+    pixels = digits.train.images.float() / 255
+    loader = DataLoader(TensorDataset(pixels, digits.train.labels), batch_size=64, shuffle=True)
+    torch.manual_seed(0)
+    model = CNN()
+    runner = Runner(model, torch.optim.AdamW(model.parameters(), lr=3e-3), nn.CrossEntropyLoss(), "cpu")
+    runner.train(loader, loader, epochs=2)
+    assert runner.metrics["val_accuracy"][-1] > 0.7
+    assert runner.plot(loader) is not None
+
+
+def test_progress_says_what_users_want_to_know(digits, capsys):
+    runner, train_loader, val_loader = vit_runner(digits)
+    runner.train(train_loader, val_loader, epochs=2)
+    captured = capsys.readouterr()
+    lines = captured.out.strip().splitlines()
+    assert len(lines) == 2
+    assert re.search(r"epoch +2/2 .*train loss \d.*accuracy .*val loss \d.*accuracy .*images/s.*0:00 left", lines[1])
+    assert "epoch 2/2" in captured.err  # the bar
+
+
+def test_same_seed_same_weights_bit_for_bit(digits):
+    models = []
+    for seed in (0, 0, 1):
+        runner, train_loader, _ = vit_runner(digits, seed=seed)
+        runner.train(train_loader, epochs=1)
+        models.append(runner.model)
+    assert same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
+
+
+def test_long_gradients_are_clipped_and_short_ones_left_alone():
+    changes = []
+    for grad_clip in (None, 1e9, 0.001):
+        torch.manual_seed(0)
+        model = FeedForward(48, 8, 3)
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", grad_clip=grad_clip).train(batches(4), epochs=1)
+        changes.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    assert torch.equal(changes[0], changes[1])
+    assert changes[2].norm().item() == pytest.approx(0.001, rel=1e-2)
+    torch.testing.assert_close(changes[2] / changes[2].norm(), changes[0] / changes[0].norm(), rtol=0.01, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ callbacks
+
+
+def test_callbacks_are_called_once_for_each_thing_they_wait_for():
+    runner = still_runner()
+    calls = []
+    for event, callbacks in runner.callbacks.items():
+        callbacks.append(lambda r, event=event: calls.append((event, r.step, len(r.metrics["val_loss"]))))
+    runner.train(batches(), batches(), epochs=2)
+    steps = [("step_end", step, step > 3) for step in range(1, 7)]
+    assert calls == [("train_start", 0, 0), *steps[:3], ("epoch_end", 3, 1), *steps[3:], ("epoch_end", 6, 2)]
+
+
+@pytest.mark.parametrize("step, epoch, batch, validations", [(1, 0, 1, 0), (3, 1, 0, 1), (5, 1, 2, 1)])
+def test_stop_ends_training_after_the_step(step, epoch, batch, validations):
+    runner = still_runner()
+    runner.callbacks["step_end"].append(stop_at(step))
+    runner.train(batches(), batches(), epochs=4)
+    assert (runner.step, runner.epoch, runner.batch) == (step, epoch, batch)
+    assert len(runner.metrics["val_loss"]) == validations
+
+
+def test_training_goes_on_after_a_stop_or_an_end():
+    runner = still_runner()
+    runner.callbacks["step_end"].append(stop_at(5))
+    runner.train(batches(), batches(), epochs=2)
+    runner.train(batches(), batches(), epochs=1)  # the rest of the second epoch
+    assert (runner.step, runner.epoch, runner.total_steps) == (6, 2, 6)
+    runner.train(batches(), batches(), epochs=1)
+    assert runner.metrics["val_step"] == [3, 6, 9]
+    assert runner.metrics["train_loss"][1] == pytest.approx(runner.metrics["train_loss"][0])  # of the whole epoch
+
+
+# ------------------------------------------------------------------------------------------------ non-finite losses
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_stops_before_it_spoils_the_weights(bad):
+    losses = iter([1.0, 1.0, 1.0, 1.0, bad])
+
+    def criterion(logits, labels):
+        return F.cross_entropy(logits, labels) * next(losses)
+
+    model = FeedForward(48, 8, 3)
+    runner = Runner(model, torch.optim.SGD(model.parameters(), lr=0.1), criterion, "cpu")
+    with pytest.raises(NonFiniteLoss, match="step 5 .*epoch 2.*learning rate") as error:
+        runner.train(batches(), epochs=3)
+    assert "\n" not in str(error.value)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_non_finite_batches_can_be_skipped_and_counted():
+    losses = iter([1.0, math.nan, 1.0])
+    runner = still_runner(criterion=lambda x, y: F.cross_entropy(x, y) * next(losses), skip_nonfinite=True)
+    metrics = runner.train(batches(), epochs=1)
+    assert runner.skipped == 1
+    assert runner.step == 3
+    images, labels = (torch.cat([values[:4], values[8:]]) for values in noise())
+    assert metrics["train_loss"] == [by_hand(runner.model, images, labels)[0]]
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_non_finite_loss_is_found_on_an_accelerator_too():
+    model = FeedForward(48, 8, 3)
+    runner = Runner(model, torch.optim.SGD(model.parameters(), lr=math.nan), nn.CrossEntropyLoss(), "cuda")
+    with pytest.raises(NonFiniteLoss, match="step"):
+        runner.train(batches(), epochs=1)  # three steps, fewer than between two looks at the loss
+
+
+# ---------------------------------------------------------------------------------------------- taking up again
+
+
+@pytest.fixture(scope="module", params=["muon", "adamw"])
+def uninterrupted(request, digits):
+    """The optimiser's name and a runner that has trained for 3 epochs of 4 steps."""
+    runner, train_loader, val_loader = vit_runner(digits, request.param, tokenizer="conv")
+    assert len(train_loader) == 4
+    runner.train(train_loader, val_loader, epochs=3)
+    return request.param, runner
+
+
+@pytest.mark.parametrize("step", [2, 4, 11])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path, uninterrupted, step):
+    optimizer, whole = uninterrupted
+    first, train_loader, val_loader = vit_runner(digits, optimizer, tokenizer="conv")
+    first.callbacks["step_end"].append(stop_at(step))
+    first.train(train_loader, val_loader, epochs=3)
+    assert first.step == step
+    write_file(tmp_path / "checkpoint", first.state_dict())
+
+    second, _, val_loader = vit_runner(digits, optimizer, seed=9, tokenizer="conv")
+    _, train_loader, _ = vit_runner(digits, optimizer)
+    torch.manual_seed(9)
+    second.load_state_dict(read_file(tmp_path / "checkpoint"))
+    assert not same_weights(second.model, whole.model)
+    second.train(train_loader, val_loader, epochs=3 - second.epoch)
+    assert second.metrics == whole.metrics
+    assert same_weights(second.model, whole.model)
+    assert (
+        (second.step, second.epoch, second.total_steps) == (whole.step, whole.epoch, whole.total_steps) == (12, 3, 12)
+    )
+    assert [g["lr"] for g in second.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
+
+
+def test_a_checkpoint_of_another_model_is_refused(digits):
+    state = vit_runner(digits)[0].state_dict()
+    runner = vit_runner(digits, num_blocks=1)[0]
+    with pytest.raises(RuntimeError):
+        runner.load_state_dict(state)
+
+
+# --------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    "mps, cuda, device", [(True, True, "mps"), (False, True, "cuda"), (True, False, "mps"), (False, False, "cpu")]
+)
+def test_the_device_is_mps_else_cuda_else_cpu(monkeypatch, mps, cuda, device):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
+    assert choose_device("auto").type == choose_device().type == device
+
+
+def test_a_device_can_be_named():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert still_runner().device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu9", "", "cuda:99", "cpu0", "meta"])
+def test_devices_that_are_not_there_are_refused_in_one_line(name):
+    with pytest.raises(ValueError, match="choose auto, cpu, cuda or mps") as error:
+        choose_device(name)
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+
+def rates(steps, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = build_schedule(optimizer, steps, warmup)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_schedule_warms_up_and_then_falls_to_zero_along_a_cosine():
+    lr = rates(100, warmup=0.1)
+    assert lr[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert lr[10:] == pytest.approx([1 + math.cos(math.pi * step / 90) for step in range(91)])
+    assert max(lr) == lr[10] == 2.0
+    assert lr[55] == pytest.approx(1.0)
+    assert lr[100] == pytest.approx(0.0)
+    assert lr[99] > 0
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.1), (3, 0.0), (2, 0.99), (7, 0.5)])
+def test_schedule_of_short_trainings(steps, warmup):
+    lr = rates(steps, warmup)[:steps]
+    assert all(0 < rate <= 2.0 for rate in lr)
+    assert max(lr) == 2.0
+
+
+def test_runner_steps_the_schedule_once_for_each_step(digits):
+    runner, train_loader, _ = vit_runner(digits, epochs=1)
+    lr = []
+    runner.callbacks["step_end"].append(lambda runner: lr.append(runner.optimizer.param_groups[-1]["lr"]))
+    runner.train(train_loader, epochs=1)
+    assert lr == pytest.approx([0.003 * 0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(4)])
+
+
+# ------------------------------------------------------------------------------------------------------ optimisers
+
+
+def names_in(model, group):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)] for p in group["params"]}
+
+
+def matrices_of(model):
+    return {
+        f"blocks.{i}.{name}.weight"
+        for i in range(len(model.blocks))
+        for name in ("attention.query_key_value", "attention.output", "mlp.0", "mlp.2")
+    }
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("tokenizer", ["patch", "conv"])
+def test_norms_biases_cls_token_and_positions_are_not_decayed(name, tokenizer):
+    model = VisionTransformer(num_blocks=2, tokenizer=tokenizer)
+    optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.3)
+    decayed = set().union(*(names_in(model, g) for g in optimizer.param_groups if g["weight_decay"] == 0.3))
+    spared = set().union(*(names_in(model, g) for g in optimizer.param_groups if g["weight_decay"] == 0.0))
+    convolutions = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert decayed == matrices_of(model) | {"head.weight"} | {f"{n}.weight" for n in convolutions}
+    assert spared == {n for n, _ in model.named_parameters()} - decayed
+    assert {"embedding.cls_token", "embedding.position", "norm.weight", "blocks.0.norm1.weight", "head.bias"} <= spared
+    assert all(group["lr"] == 0.01 for group in optimizer.param_groups)
+
+
+def test_every_parameter_is_in_one_group():
+    for model in (VisionTransformer(), CNN(), FeedForward()):
+        for name in ("muon", "adamw"):
+            params = [id(p) for group in build_optimizer(model, name).param_groups for p in group["params"]]
+            assert sorted(params) == sorted(id(p) for p in model.parameters())
+
+
+def test_muon_takes_exactly_the_matrices_of_the_blocks():
+    model = VisionTransformer(num_blocks=2)
+    optimizer = build_optimizer(model, "muon")
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert set().union(*(names_in(model, group) for group in muon.param_groups)) == matrices_of(model)
+
+
+def test_models_without_blocks_get_adamw_alone():
+    for name in ("muon", "adamw"):
+        assert type(build_optimizer(CNN(), name)) is torch.optim.AdamW
+    assert type(build_optimizer(VisionTransformer(), "adamw")) is torch.optim.AdamW
+
+
+def test_unknown_optimizers_are_refused():
+    with pytest.raises(ValueError, match="sgd.*muon or adamw"):
+        build_optimizer(CNN(), "sgd")
+
+
+def test_muon_and_adamw_together_step_as_each_of_them_alone():
+    torch.manual_seed(0)
+    model = VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=8)
+    alone = copy.deepcopy(model)
+    together = build_optimizer(model, "muon", lr=0.01, weight_decay=0.1)
+    assert isinstance(together, MuonAndAdamW)
+    named = dict(alone.named_parameters())
+    matrices = [p for name, p in named.items() if name in matrices_of(alone)]
+    rest = {name: p for name, p in named.items() if name not in matrices_of(alone)}
+    decayed = ("embedding.project.weight", "head.weight")
+    separate = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for name, p in rest.items() if name in decayed], lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW([p for name, p in rest.items() if name not in decayed], lr=0.01, weight_decay=0.0),
+    ]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        for optimizer in (together, *separate):
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_zero_grad_clears_every_gradient():
+    model = VisionTransformer(num_blocks=1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    build_optimizer(model, "muon").zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_rate_set_from_outside_reaches_both_parts_also_after_loading():
+    model = VisionTransformer(num_blocks=1)
+    optimizer = build_optimizer(model, "muon", lr=1.0)
+    fresh = build_optimizer(copy.deepcopy(model), "muon", lr=1.0)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, fresh):
+        schedule = build_schedule(each, 10, 0.5)
+        assert {g["lr"] for part in each.parts for g in part.param_groups} == {0.2}
+        each.step()
+        schedule.step()
+        assert {g["lr"] for part in each.parts for g in part.param_groups} == {0.4}

@@ -1,0 +1,648 @@
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn as nn
+from filelock import FileLock
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import cli
+import setup_cifar
+import train
+from files import read_file
+from network import CNN, FeedForward, Module, VisionTransformer
+
+TRAIN = Path(train.__file__)
+SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --batch_size 200".split()
+MODEL = "VisionTransformer_digits"
+FIELDS = {field.name: field.default for field in dataclasses.fields(train.Config)}
+
+# ------------------------------------------------------------------------------------------------------ helpers
+
+
+def start(*args, **options):
+    """`python train.py` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        **options,
+    )
+
+
+def run_main(*args):
+    """The same in this process, which saves importing torch."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with mock.patch.object(sys, "argv", ["train.py", *args]):
+            train.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def quick(output_dir, *args):
+    """One epoch without pictures; returns the trained model."""
+    with mock.patch.object(train, "draw_pictures", return_value=[]):
+        run_main(*SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), str(output_dir), *args)
+    (path,) = (output_dir / "saved").glob("*.pt")
+    return Module.load(path)
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def contents(folder):
+    """Every file and folder below `folder`, with what is in it."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@contextlib.contextmanager
+def refused(capfd, folder, *words):
+    """Exit code 2, one line on stderr that has all `words`, and nothing written into `folder`."""
+    before = contents(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    complaint = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert complaint.startswith("train.py: error: ")
+    assert complaint.count("\n") == 1
+    assert not [word for word in words if word not in complaint], complaint
+    assert contents(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------- a run, end to end
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    output = folder / "new" / "folder"
+    process = start(*SMALL, *"--epochs 2 --gif_frames 5 --output_dir".split(), str(output), cwd=folder)
+    printed, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0, complaints
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    return SimpleNamespace(
+        output=output, printed=printed, report=json.loads((output / f"saved/{MODEL}.json").read_text())
+    )
+
+
+def test_a_run_writes_model_figures_and_gif_and_leaves_nothing_else(finished):
+    written = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
+    assert written - {f"saved/{MODEL}.lock"} == {
+        f"saved/{MODEL}.pt",
+        f"saved/{MODEL}.json",
+        f"saved/{MODEL}.checkpoint",
+        f"figures/{MODEL}_curves.png",
+        "figures/attention_maps_digits.png",
+        "animation_vit_digits.gif",
+    }
+
+
+def test_reported_accuracy_is_that_of_the_saved_model(finished, digits):
+    model = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt")
+    mean, std = (torch.tensor(model.metadata[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((digits.test.images / 255 - mean) / std)
+    accuracy = (logits.argmax(dim=1) == digits.test.labels).double().mean().item()
+    loss = nn.functional.cross_entropy(logits, digits.test.labels).item()
+    results = finished.report["results"]
+    assert results["test_accuracy"] == pytest.approx(accuracy)
+    assert results["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert finished.printed.count("test accuracy") == 1
+    assert f"test loss {loss:.4f}  test accuracy {accuracy:.2%}" in finished.printed.splitlines()[-1]
+
+
+def test_the_model_file_carries_what_is_needed_to_use_it(finished, digits):
+    metadata = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt").metadata
+    assert metadata == {"dataset": "digits", "classes": digits.classes, "mean": digits.mean, "std": digits.std}
+
+
+def test_the_report_says_how_the_figures_came_about(finished):
+    report = finished.report
+    assert {name: report["config"][name] for name in ("epochs", "hidden_size", "seed")} == {
+        "epochs": 2,
+        "hidden_size": 16,
+        "seed": 0,
+    }
+    assert report["config"].keys() == FIELDS.keys()
+    assert report["provenance"]["command"].startswith("python train.py --dataset digits")
+    assert report["provenance"]["torch"] == torch.__version__
+    assert report["metrics"]["val_step"] == [6, 12]
+    assert report["results"]["val_accuracy"] == report["metrics"]["val_accuracy"][-1]
+
+
+def test_progress_is_shown_for_every_epoch(finished):
+    for epoch in (1, 2):
+        pattern = rf"epoch +{epoch}/2 .*train loss .*accuracy .*val loss .*accuracy .*images/s.* left"
+        assert re.search(pattern, finished.printed)
+    assert "VisionTransformer on digits" in finished.printed
+
+
+def test_the_gif_has_the_frames_asked_for(finished):
+    with Image.open(finished.output / "animation_vit_digits.gif") as gif:
+        durations = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            durations.append(gif.info["duration"])
+    assert len(durations) == 5
+    assert set(durations[1:-1]) == {FIELDS["gif_frame_duration"]}
+    assert min(durations[0], durations[-1]) > FIELDS["gif_frame_duration"]
+
+
+def test_gif_options_and_names_of_cifar10(tmp_path, digits):
+    """The names in the user's document are those of CIFAR-10; here digits stand in for it."""
+    data = dataclasses.replace(digits, name="cifar10")
+    with mock.patch.object(train, "load_data", return_value=data):
+        options = "--epochs 1 --gif_frames 3 --gif_frame_duration 120 --output_dir"
+        run_main(*SMALL, *options.split(), str(tmp_path))
+    for name in ("saved/VisionTransformer.pt", "figures/attention_maps.png", "animation_vit.gif"):
+        assert (tmp_path / name).exists()
+    with Image.open(tmp_path / "animation_vit.gif") as gif:
+        assert gif.n_frames == 3
+        gif.seek(1)
+        assert gif.info["duration"] == 120
+
+
+def test_same_seed_same_weights_bit_for_bit_in_another_process(finished, tmp_path):
+    model = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt")
+    assert same_weights(quick(tmp_path, "--epochs", "2"), model)
+
+
+def test_the_test_images_decide_nothing(finished, tmp_path, digits):
+    blank = setup_cifar.Split(torch.zeros_like(digits.test.images), torch.zeros_like(digits.test.labels))
+    with mock.patch.object(train, "load_data", return_value=dataclasses.replace(digits, test=blank)):
+        model = quick(tmp_path, "--epochs", "2")
+    assert same_weights(model, VisionTransformer.load(finished.output / f"saved/{MODEL}.pt"))
+    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
+    assert report["metrics"] == finished.report["metrics"]
+    assert report["results"]["test_accuracy"] != finished.report["results"]["test_accuracy"]
+
+
+def test_auto_without_cifar10_says_digits_everywhere(tmp_path, capsys):
+    model = quick(tmp_path, "--dataset", "auto", "--data_dir", str(tmp_path / "empty"))
+    captured = capsys.readouterr()
+    assert "NOT CIFAR-10" in captured.err
+    assert "VisionTransformer on digits" in captured.out
+    assert model.metadata["dataset"] == "digits"
+    assert (tmp_path / f"saved/{MODEL}.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return quick(tmp_path_factory.mktemp("plain"))
+
+
+CHANGES_THE_WEIGHTS = {
+    "val_fraction": "0.3",
+    "split_seed": "1",
+    "augment": None,
+    "hidden_size": "24",
+    "num_heads": "4",
+    "num_blocks": "1",
+    "patch_size": "6",
+    "mlp_ratio": "2",
+    "pooling": "cls",
+    "tokenizer": "conv",
+    "drop_path": "0.5",
+    "epochs": "2",
+    "batch_size": "150",
+    "optimizer": "adamw",
+    "lr": "0.001",
+    "warmup": "0.5",
+    "weight_decay": "0.5",
+    "label_smoothing": "0.3",
+    "grad_clip": "0.01",
+    "seed": "1",
+}
+TESTED_ELSEWHERE = {
+    "dataset",
+    "data_dir",
+    "model",
+    "device",
+    "name",
+    "output_dir",
+    "gif_frames",
+    "gif_frame_duration",
+    "skip_nonfinite",
+    "resume",
+    "resume_changed",
+    "checkpoint_minutes",
+}
+
+
+def test_every_flag_is_tested():
+    assert CHANGES_THE_WEIGHTS.keys() | TESTED_ELSEWHERE == FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", CHANGES_THE_WEIGHTS)
+def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
+    value = CHANGES_THE_WEIGHTS[name]
+    args = [f"--no-{name}"] if value is None else [f"--{name}", value]
+    model = quick(tmp_path, *args)
+    assert not same_weights(model, plain)
+    parsed = FIELDS[name].__class__(value) if value is not None else False
+    assert model.config.get(name, parsed) == parsed
+    (report,) = (tmp_path / "saved").glob("*.json")
+    assert json.loads(report.read_text())["config"][name] == parsed
+
+
+@pytest.mark.parametrize(
+    "model, cls, config",
+    [
+        ("vit", VisionTransformer, {"img_size": 32, "hidden_size": 16, "output_size": 10, "patch_size": 8}),
+        ("cnn", CNN, {"img_size": 32, "output_size": 10, "in_channels": 3}),
+        ("mlp", FeedForward, {"input_size": 3072, "hidden_size": 16, "output_size": 10}),
+    ],
+)
+def test_model_flag_chooses_class_and_name(tmp_path, model, cls, config):
+    trained = quick(tmp_path, "--model", model)
+    assert type(trained) is cls
+    assert config.items() <= trained.config.items()
+    assert (tmp_path / "saved" / f"{cls.__name__}_digits.pt").exists()
+
+
+def test_models_without_attention_draw_their_other_pictures(tmp_path):
+    run_main(*SMALL, *"--model cnn --epochs 1 --gif_frames 2 --output_dir".split(), str(tmp_path))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"CNN_digits_curves.png"}
+    assert (tmp_path / "animation_cnn_digits.gif").exists()
+
+
+def test_name_flag_names_the_files(tmp_path, plain):
+    assert same_weights(quick(tmp_path, "--name", "mine"), plain)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} - {"mine.lock"} == {
+        "mine.pt",
+        "mine.json",
+        "mine.checkpoint",
+    }
+
+
+def test_device_flag_names_the_device(tmp_path, capsys, plain):
+    assert same_weights(quick(tmp_path, "--device", "cpu"), plain)
+    assert "on cpu" in capsys.readouterr().out
+
+
+def test_checkpoints_are_written_as_often_as_asked(tmp_path):
+    steps = []
+    with mock.patch.object(train, "save_checkpoint", lambda runner, *args: steps.append(runner.step)):
+        quick(tmp_path / "rarely")
+        assert steps == [6, 6]  # after the epoch, and with the results
+        steps.clear()
+        quick(tmp_path / "often", "--checkpoint_minutes", "1e-9")
+        assert steps == [1, 2, 3, 4, 5, 6, 6, 6]
+
+
+def test_flags_may_have_dashes_or_underscores():
+    for name, value in CHANGES_THE_WEIGHTS.items():
+        if value is not None:
+            with_dashes = cli.parse(train.Config, [f"--{name.replace('_', '-')}", value])
+            assert with_dashes == cli.parse(train.Config, [f"--{name}", value])
+            assert getattr(with_dashes, name) == FIELDS[name].__class__(value)
+
+
+def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(train.Config, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(re.sub(r"[│╭╰╮╯─]", " ", capsys.readouterr().out).split())
+    for name, default in FIELDS.items():
+        flag = f"--{'no-' if default is True else ''}{name.replace('_', '-')} "
+        after = text[text.index(f" {flag}") :]
+        assert f"(default: {default})" == re.search(r"\(default: [^)]*\)", after).group(0), name
+        assert len(after[: after.index("(default")]) > len(flag) + 15, f"{name} is not explained"
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--model resnet", "model vit cnn mlp"),
+        ("--dataset mnist", "dataset auto cifar10 digits"),
+        ("--optimizer sgd", "optimizer muon adamw"),
+        ("--pooling max", "pooling mean cls"),
+        ("--no_such_flag 3", "flag"),
+        ("--epochs two", "epochs two"),
+        ("stray", "stray"),
+        ("--num_heads 5", "num_heads 5 hidden_size 16"),
+        ("--num_heads 0", "num_heads"),
+        ("--hidden_size 0", "hidden_size"),
+        ("--model mlp --hidden_size -1", "hidden_size"),
+        ("--num_blocks 0", "num_blocks"),
+        ("--patch_size 33", "33 32"),
+        ("--patch_size 0", "patch_size"),
+        ("--tokenizer conv --patch_size 6", "patch_size 6"),
+        ("--mlp_ratio 0", "mlp_ratio"),
+        ("--mlp_ratio inf", "mlp_ratio"),
+        ("--epochs 0", "epochs"),
+        ("--epochs -1", "epochs"),
+        ("--batch_size 0", "batch_size"),
+        ("--batch_size -8", "batch_size"),
+        ("--batch_size 1151", "batch_size 1151 1150"),
+        ("--lr 0", "lr"),
+        ("--lr -0.1", "lr"),
+        ("--lr nan", "lr"),
+        ("--weight_decay -1", "weight_decay"),
+        ("--grad_clip -1", "grad_clip"),
+        ("--warmup 1", "warmup"),
+        ("--label_smoothing -0.1", "label_smoothing"),
+        ("--drop_path 1", "drop_path"),
+        ("--val_fraction 1", "val_fraction"),
+        ("--val_fraction 0", "val_fraction"),
+        ("--gif_frames -1", "gif_frames"),
+        ("--gif_frame_duration -1", "gif_frame_duration"),
+        ("--checkpoint_minutes 0", "checkpoint_minutes"),
+        ("--seed 99999999999999999999", "seed"),
+        ("--seed 99999999999999", "seed"),
+        ("--device tpu", "tpu cuda mps"),
+        ("--name a/b", "name a/b"),
+        ("--resume", "VisionTransformer_digits.checkpoint --resume"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch, capfd, args, words):
+    monkeypatch.chdir(tmp_path)
+    with refused(capfd, tmp_path, *words.split()):
+        run_main(*SMALL, "--epochs", "1", *args.split())
+
+
+@pytest.mark.parametrize("args", ["--model resnet", "--dataset digits --num_heads 5"])
+def test_bad_flags_end_the_process_with_code_2_and_one_line(tmp_path, args):
+    process = start(*args.split(), cwd=tmp_path)
+    printed, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert complaint.startswith("train.py: error: ")
+    assert complaint.count("\n") == 1
+    assert printed == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
+def test_damaged_data_files_are_named_with_what_to_do(tmp_path, monkeypatch, capfd, dataset):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "elsewhere" / setup_cifar.CIFAR10_FOLDER
+    folder.mkdir(parents=True)
+    for name in setup_cifar.CIFAR10_FILES:
+        (folder / name).write_bytes(b"truncated")
+    with refused(capfd, tmp_path, "data_batch_1", "damaged", "delete it"):
+        run_main("--dataset", dataset, "--data_dir", "elsewhere")
+    (folder / "data_batch_2").unlink()
+    with refused(capfd, tmp_path, "lacks data_batch_2"):
+        run_main("--dataset", dataset, "--data_dir", "elsewhere")
+
+
+def test_cifar10_that_cannot_be_had_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with refused(capfd, tmp_path, "could not be downloaded", "DATA_DIR", "--dataset digits"):
+        run_main("--dataset", "cifar10")
+
+
+@pytest.mark.parametrize("output_dir", ["file", "file/folder"])
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capfd, output_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    with refused(capfd, tmp_path, "cannot write", str(Path(output_dir) / "saved")):
+        run_main("--dataset", "digits", "--output_dir", output_dir)
+
+
+def test_two_runs_of_one_name_do_not_mix(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "figures").mkdir()
+    with FileLock(tmp_path / "saved" / f"{MODEL}.lock"), refused(capfd, tmp_path, MODEL, "--name"):
+        run_main("--dataset", "digits")
+
+
+# ------------------------------------------------------------------------- non-finite losses, Ctrl-C, taking up again
+
+
+def test_a_non_finite_loss_ends_the_run_unless_it_may_be_skipped(tmp_path, capsys):
+    build = train.build_model
+
+    def build_model(*args):
+        """Its second batch in training has no finite logits."""
+        model, calls = build(*args), []
+
+        def spoil(model, inputs, logits):
+            calls.extend([1] * model.training)
+            return logits * torch.nan if model.training and len(calls) == 2 else logits
+
+        model.register_forward_hook(spoil)
+        return model
+
+    with mock.patch.object(train, "build_model", build_model):
+        with pytest.raises(SystemExit) as stop:
+            quick(tmp_path / "stops")
+        assert stop.value.code == 1
+        assert re.search(r"train.py: error: .* at step 2 .*learning rate", capsys.readouterr().err)
+        assert not (tmp_path / "stops" / f"saved/{MODEL}.pt").exists()
+        model = quick(tmp_path / "skips", "--skip_nonfinite")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_ctrl_c_before_training_ends_cleanly_too(tmp_path, capfd):
+    with mock.patch.object(train, "load_data", side_effect=KeyboardInterrupt):
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+            quick(tmp_path)
+    assert stop.type is SystemExit
+    assert stop.value.code == 130
+    assert contents(tmp_path) == {}
+
+
+LONG = [*SMALL, *"--epochs 12 --gif_frames 4 --drop_path 0.2 --output_dir out".split()]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that got Ctrl-C after its first epoch: its folder, what it printed, and how it ended."""
+    if os.name == "nt":
+        pytest.skip("sends SIGINT")
+    folder = tmp_path_factory.mktemp("interrupted")
+    process = start(*LONG, cwd=folder)
+    printed = ""
+    while "epoch   1/12" not in printed:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        printed += line
+    process.send_signal(signal.SIGINT)
+    rest, complaints = process.communicate(timeout=60)
+    return SimpleNamespace(folder=folder, printed=printed + rest, complaints=complaints, code=process.returncode)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(interrupted):
+    assert interrupted.code == 130
+    assert "interrupted after step" in interrupted.printed
+    assert "Traceback" not in interrupted.complaints
+    saved = interrupted.folder / "out" / "saved"
+    step = read_file(saved / f"{MODEL}.checkpoint")["runner"]["progress"]["step"]
+    assert 6 <= step < 72
+    assert f"interrupted after step {step};" in interrupted.printed
+    assert not (saved / f"{MODEL}.pt").exists()
+
+
+def resume(interrupted, folder, monkeypatch, *args):
+    """Go on with a copy of the interrupted run, by the command that it printed."""
+    out = folder / "out" / "saved"
+    out.mkdir(parents=True)
+    checkpoint = interrupted.folder / "out" / "saved" / f"{MODEL}.checkpoint"
+    (out / checkpoint.name).write_bytes(checkpoint.read_bytes())
+    monkeypatch.chdir(folder)
+    command = shlex.split(interrupted.printed[interrupted.printed.index("to go on: ") :])[3:]
+    assert command[0] == "python"
+    return [*command[2:], *args]
+
+
+def test_resume_continues_to_the_weights_of_an_uninterrupted_run(interrupted, tmp_path, monkeypatch, capsys):
+    args = resume(interrupted, tmp_path, monkeypatch)
+    run_main(*args)
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    run_main(*LONG)
+    resumed, whole = (folder / "out" / "saved" / MODEL for folder in (tmp_path, tmp_path / "whole"))
+    assert same_weights(*(Module.load(path.with_suffix(".pt")) for path in (resumed, whole)))
+    reports = [json.loads(path.with_suffix(".json").read_text()) for path in (resumed, whole)]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert reports[0]["results"]["test_loss"] == reports[1]["results"]["test_loss"]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    before = contents(tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        run_main(*args)
+    assert stop.value.code == 0
+    assert "this run has finished" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+def test_resume_with_other_hyperparameters_is_refused_by_name(interrupted, tmp_path, monkeypatch, capfd):
+    args = resume(interrupted, tmp_path, monkeypatch)
+    with refused(capfd, tmp_path, "lr", "0.5", "--resume_changed"):
+        run_main(*args, "--lr", "0.5")
+    with mock.patch.object(train, "draw_pictures", return_value=[]):
+        run_main(*args, "--weight_decay", "0.5", "--resume_changed")
+    assert (tmp_path / "out" / "saved" / f"{MODEL}.pt").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(interrupted, tmp_path, monkeypatch, capfd):
+    args = resume(interrupted, tmp_path, monkeypatch, "--name", "mine", "--resume_changed", "--model", "cnn")
+    saved = tmp_path / "out" / "saved"
+    (saved / f"{MODEL}.checkpoint").rename(saved / "mine.checkpoint")
+    with refused(capfd, tmp_path, "mine.checkpoint", "does not fit"):
+        run_main(*args)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"hello"],
+    ids=["truncated", "empty", "text"],
+)
+def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, monkeypatch, capfd, damage):
+    args = resume(interrupted, tmp_path, monkeypatch)
+    path = tmp_path / "out" / "saved" / f"{MODEL}.checkpoint"
+    path.write_bytes(damage(path.read_bytes()))
+    with refused(capfd, tmp_path, path.name):
+        run_main(*args)
+
+
+def test_a_model_file_is_no_checkpoint(interrupted, tmp_path, monkeypatch, capfd):
+    args = resume(interrupted, tmp_path, monkeypatch)
+    CNN().save(tmp_path / "out" / "saved" / f"{MODEL}.checkpoint")
+    with refused(capfd, tmp_path, "is not a checkpoint"):
+        run_main(*args)
+
+
+def test_a_checkpoint_with_code_is_refused_in_one_line_and_does_not_run(interrupted, tmp_path, monkeypatch, trap):
+    args = resume(interrupted, tmp_path, monkeypatch)
+    (tmp_path / "out" / "saved" / f"{MODEL}.checkpoint").write_bytes(pickle.dumps(trap))
+    process = start(*args)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert complaint.startswith("train.py: error: ")
+    assert complaint.count("\n") == 1
+    assert not trap.sprung
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_the_runner_and_the_second_the_program(number):
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    runner = SimpleNamespace(stop=False)
+    try:
+        received = train.stop_on_signals(runner)
+        assert not runner.stop
+        signal.raise_signal(number)
+        assert runner.stop
+        assert received == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- the interface
+
+DOCUMENT = """
+from network import VisionTransformer
+model = VisionTransformer(img_size=32, hidden_size=64, output_size=10, num_heads=4, num_blocks=4)
+optimizer = torch.optim.AdamW(model.parameters())
+runner = Runner(model, optimizer, criterion, device)
+runner.train(train_loader, val_loader, epochs=20)
+loss, accuracy = runner.test(val_loader)
+runner.plot(val_loader, save_path="frames/frame_1.png")
+dir = "frames"
+write_to_gif(dir)
+model.save("saved/VisionTransformer.pt")
+model = VisionTransformer.load("saved/VisionTransformer.pt")
+output = model(images, return_attention=True)
+attention_weights = output['attention_weights']
+visualize_attention_maps(images, attention_weights)
+"""
+
+
+def test_the_lines_of_the_users_document_run_as_written(tmp_path, monkeypatch):
+    from runner import Runner, choose_device
+    from utils import visualize_attention_maps, write_to_gif
+
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(4, 3, 32, 32)
+    loader = DataLoader(TensorDataset(images, torch.tensor([1, 2, 3, 4])), batch_size=4)
+    names = {
+        "torch": torch,
+        "Runner": Runner,
+        "visualize_attention_maps": visualize_attention_maps,
+        "write_to_gif": write_to_gif,
+        "device": choose_device("cpu"),
+        "criterion": nn.CrossEntropyLoss(),
+        "images": images,
+        "train_loader": loader,
+        "val_loader": loader,
+    }
+    exec(DOCUMENT, names)
+    assert {"train_loss", "train_accuracy", "train_step", "val_loss", "val_accuracy", "val_step"} <= set(
+        names["runner"].metrics
+    )
+    assert names["accuracy"] == 1.0  # four images in twenty epochs
+    assert names["attention_weights"].shape == (4, 4, 4, 65, 65)
+    assert (tmp_path / "animation.gif").exists()
