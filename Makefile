@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
-# Flags for train.py go into ARGS:  make train ARGS="--model cnn --epochs 5"
+# Flags go into ARGS:  make train ARGS="--model cnn --epochs 5".  `make crash-test` proves that nothing is lost.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,9 @@ test: $(VENV)/requirements-dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
 
+crash-test: $(VENV)/requirements-dev.installed
+	$(BIN)/python tests/crash_test.py $(ARGS)
+
 format: $(VENV)/requirements-dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -25,4 +28,4 @@ $(VENV)/%.installed: %.txt requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 
-.PHONY: train test format clean
+.PHONY: train test crash-test format clean

@@ -62,7 +62,7 @@ class Runner:
         scheduler: stepped after every optimiser step.
         eval_criterion: loss reported for validation and test; None means `criterion`. (Training with label smoothing,
             one wants plain cross-entropy here.)
-        log_every: steps between two entries in the training metrics.
+        log_every: steps between two entries in the training metrics; the last step makes one too.
         grad_clip: largest norm of all gradients together; longer ones are scaled down to it. None leaves them alone.
         skip_nonfinite: step over batches whose loss or gradient is infinite or not a number, counting them in
             `skipped`, where otherwise training stops.
@@ -145,7 +145,7 @@ class Runner:
                 line += f"  val loss {loss:.4f} accuracy {accuracy:6.2%}"
             self.epoch += 1
             self.batch = 0
-            self.epoch_totals, self.log_totals = Totals(self.device), Totals(self.device)
+            self.epoch_totals = Totals(self.device)
             left = (last_epoch - self.epoch) * (time.perf_counter() - started)
             tqdm.write(f"{line}  {rate:,.0f} images/s  {_clock(left)} left", file=sys.stdout)
             sys.stdout.flush()
@@ -159,7 +159,7 @@ class Runner:
         with _progress_bar(loader, f"epoch {self.epoch + 1}/{last_epoch}", self.epoch_totals.images) as bar:
             for images, labels in batches:
                 started = time.perf_counter()
-                due = (self.step + 1) % self.log_every == 0 or self.batch + 1 == len(loader)
+                due = self.step + 1 == self.total_steps or (self.step + 1) % self.log_every == 0
                 self._train_step(images.to(self.device), labels.to(self.device), due)
                 self.seconds += time.perf_counter() - started
                 if due and self.log_totals.images:

@@ -100,6 +100,7 @@ def main() -> None:
             device,
             scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup),
             eval_criterion=torch.nn.CrossEntropyLoss(),
+            log_every=min(50, len(train_loader)),
             grad_clip=config.grad_clip or None,
             skip_nonfinite=config.skip_nonfinite,
         )

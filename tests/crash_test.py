@@ -40,11 +40,10 @@ def kill_while_writing(process: subprocess.Popen, folder: Path, number: int) -> 
     """SIGKILL while the `number`-th checkpoint from now is being written; False if the process ended before that."""
     half_written = folder / "saved" / f"{NAME}.checkpoint.tmp"
     for i in range(number):
-        while i and half_written.exists():  # the one before this
-            pass
-        while not half_written.exists():
-            if process.poll() is not None:
-                return False
+        for should_be_there in (False, True) if i else (True,):
+            while half_written.exists() != should_be_there:
+                if process.poll() is not None:
+                    return False
     process.kill()
     return True
 
@@ -59,6 +58,7 @@ def crash(folder: Path, epochs: int, kills: int, seed: int) -> dict[str, int]:
         return ["--checkpoint_minutes", "0.001", *(["--resume"] if checkpoint.exists() else [])]
 
     for kill in tqdm(range(kills), desc="kills"):
+        (folder / "saved" / f"{NAME}.checkpoint.tmp").unlink(missing_ok=True)  # left by the kill before
         process = start(folder, epochs, *resume())
         if kill % 2:
             alive = kill_while_writing(process, folder, moments.randint(1, 5))
