@@ -193,8 +193,10 @@ class MultiHeadAttention(Module):
     def forward(self, x: torch.Tensor, return_attention: bool = False):
         batch, tokens, hidden_size = x.shape
         head_size = hidden_size // self.num_heads
-        query_key_value = self.query_key_value(x).view(batch, tokens, 3, self.num_heads, head_size)
-        query, key, value = query_key_value.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_size)
+        query, key, value = (
+            part.view(batch, tokens, self.num_heads, head_size).transpose(1, 2)  # (batch, heads, tokens, head_size)
+            for part in self.query_key_value(x).split(hidden_size, dim=-1)
+        )
         if return_attention:
             attention = (query * head_size**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
             x = attention @ value
