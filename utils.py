@@ -69,14 +69,14 @@ def draw_samples(
     scale = max(1, 72 // height)
     sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
     margin = 26 + 8 * max(len(name) for name in classes)
-    figure = _figure(margin + sheet_width + 10, sheet_height + 20)
-    axes = _add_axes(figure, margin, 10, sheet_width, sheet_height)
+    figure = new_figure(margin + sheet_width + 10, sheet_height + 20)
+    axes = add_axes(figure, margin, 10, sheet_width, sheet_height)
     axes.imshow(sheet, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(len(classes))], classes)
     axes.tick_params(length=0, labelsize=11, labelcolor=DARK, pad=8)
     axes.spines[:].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -88,15 +88,15 @@ def draw_curves(metrics: dict[str, list], path: str | Path, title: str) -> Figur
 
     The best validation accuracy is ringed and its value given. `metrics` is what `draw_progress` takes.
     """
-    figure = _figure(900, 380, dpi=200)
-    _add_text(figure, 14, 30, title, size=13, weight="bold")
+    figure = new_figure(900, 380, dpi=200)
+    add_text(figure, 14, 30, title, size=13, weight="bold")
     _, accuracy_axes = _draw_loss_and_accuracy(figure, metrics, top=74, height=252, size=10)
     if metrics["val_accuracy"]:
         best, step = max(zip(metrics["val_accuracy"], metrics["val_step"], strict=True), key=lambda pair: pair[0])
         accuracy_axes.plot(step, 100 * best, "o", markersize=11, color=VERMILLION, fillstyle="none", clip_on=False)
         text = f"best validation {100 * best:.1f} % at step {step:,}"
         accuracy_axes.set_title(text, loc="right", size=10, color=VERMILLION)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -124,28 +124,28 @@ def draw_progress(
         path: where the PNG goes, if anywhere.
         total_steps: optimiser steps in the whole training; None ends the axis at the last step so far.
     """
-    figure = _figure(900, 420)
-    _add_text(figure, 14, 20, title, size=11, weight="bold")
+    figure = new_figure(900, 420)
+    add_text(figure, 14, 20, title, size=11, weight="bold")
     _draw_loss_and_accuracy(figure, metrics, top=52, height=134, size=8, total_steps=total_steps)
     caption = "Validation images: the right class in green, and the three classes with the highest probability"
-    _add_text(figure, 14, 240, caption, size=8.5)
+    add_text(figure, 14, 240, caption, size=8.5)
     count = min(6, len(images))
     pixels = images[:count].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()
     top_probabilities, top_classes = probabilities[:count].detach().float().cpu().topk(min(3, len(classes)))
     for i in range(count):
         left, label = 14 + 147 * i, int(labels[i])
-        picture = _add_axes(figure, left, 264, 96, 96)
+        picture = add_axes(figure, left, 264, 96, 96)
         picture.imshow(pixels[i], interpolation="nearest")
         picture.axis("off")
         picture.set_title(classes[label], loc="left", size=8.5, weight="bold", color=GREEN, pad=2)
-        bars = _add_axes(figure, left, 364, 137, 50)
-        _draw_bars(bars, top_probabilities[i].tolist(), top_classes[i].tolist(), label, classes)
+        bars = add_axes(figure, left, 364, 137, 50)
+        draw_bars(bars, top_probabilities[i].tolist(), top_classes[i].tolist(), label, classes)
     if path is not None:
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
-def _draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str]) -> None:
+def draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str]) -> None:
     """Horizontal bars from the top down, each with its class on the left and its percentage on the right."""
     rows = range(len(indices))
     axes.barh(rows, [1] * len(rows), height=0.86, color=LIGHT)
@@ -154,7 +154,7 @@ def _draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label
         style = {"size": 8, "color": "black", "va": "center_baseline", "weight": "bold" if index == label else "normal"}
         axes.text(0.03, row, classes[index], **style)
         axes.text(0.97, row, f"{100 * probability:.0f} %", ha="right", **style)
-    axes.set(xlim=(0, 1), ylim=(2.5, -0.5))
+    axes.set(xlim=(0, 1), ylim=(max(3, len(indices)) - 0.5, -0.5))
     axes.axis("off")
 
 
@@ -169,7 +169,7 @@ def _draw_loss_and_accuracy(
         ("loss", 50, 1, max([2.4, *first_losses])),
         ("accuracy", 506, 100, 100),
     ):
-        axes = _add_axes(figure, left, top, 376, height)
+        axes = add_axes(figure, left, top, 376, height)
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
             values = [factor * value for value in metrics[f"{split}_{name}"]]
             axes.plot(metrics[f"{split}_step"], values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
@@ -298,7 +298,7 @@ def visualize_attention_maps(
     Raises:
         ValueError: shapes which do not go together, or no such block.
     """
-    maps = _attention_of_patches(attention_weights, block)
+    maps = attention_of_patches(attention_weights, block)
     shape, grid = tuple(images.shape), maps.shape[-1]
     pixels = to_pixels(images[:max_images], mean, std)
     if len(images) == 0 or len(images) != len(maps):
@@ -319,35 +319,35 @@ def visualize_attention_maps(
     rows, heads = len(pixels), maps.shape[1]
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)[:rows]  # (rows, 1 + heads, grid, grid)
     headings = ["image", "mean of heads", *(f"head {head + 1}" for head in range(heads))]
-    titles = [_describe(row, classes, labels, logits) for row in range(rows)]
+    titles = [describe_prediction(row, classes, labels, logits) for row in range(rows)]
 
     tile = height * max(1, (128 if heads <= 4 else 96) // height)  # whole screen pixels for each pixel
     row_height = tile + (26 if labels is not None or logits is not None else 14)
     figure_width = max(480, 14 + len(headings) * (tile + 8) + 62)
-    figure = _figure(figure_width, 54 + rows * row_height + 12, dpi=200)
+    figure = new_figure(figure_width, 54 + rows * row_height + 12, dpi=200)
     source = "from the CLS token" if attention_weights.shape[-1] > grid**2 else "from all patches, averaged"
     which = f", block {block % len(attention_weights) + 1} of {len(attention_weights)}" * (attention_weights.ndim == 5)
-    _add_text(figure, 14, 24, f"Attention {source}{which}", size=12, weight="bold")
+    add_text(figure, 14, 24, f"Attention {source}{which}", size=12, weight="bold")
     for row in range(rows):
         top = 54 + (row + 1) * row_height - tile
         norm = Normalize(0, max(2.0, maps[row].max().item()))
         for column, heading in enumerate(headings):
-            axes = _add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
+            axes = add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
             axes.axis("off")
             if column == 0:
                 axes.imshow(pixels[row].permute(1, 2, 0).numpy(), interpolation="nearest")
             else:
-                _draw_overlay(axes, pixels[row], maps[row, column - 1], patch_size, norm)
+                draw_overlay(axes, pixels[row], maps[row, column - 1], patch_size, norm)
             if row == 0:
-                _add_text(figure, 14 + column * (tile + 8), 52, heading, size=9)
-        _draw_scale(_add_axes(figure, 16 + len(headings) * (tile + 8), top, 9, tile), norm)
-        _add_text(figure, 14, top - 4, *titles[row])
+                add_text(figure, 14 + column * (tile + 8), 52, heading, size=9)
+        draw_scale(add_axes(figure, 16 + len(headings) * (tile + 8), top, 9, tile), norm)
+        add_text(figure, 14, top - 4, *titles[row])
     if path is not None:
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
-def _attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.Tensor:
+def attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.Tensor:
     """Of one block: `(batch, heads, grid, grid)` over the patches, in units of uniform attention."""
     shape = tuple(attention_weights.shape)
     if len(shape) not in (4, 5) or shape[-1] != shape[-2] or 0 in shape:
@@ -367,7 +367,7 @@ def _attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.
     return tokens * to_patches.unflatten(2, (grid, grid))
 
 
-def _draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_size: int, norm: Normalize) -> None:
+def draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_size: int, norm: Normalize) -> None:
     """The image in grey and over it `heat` `(grid, grid)`, on exactly the pixels that the patches cover."""
     covered = heat.shape[0] * patch_size
     heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0].numpy()
@@ -379,7 +379,7 @@ def _draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_si
     axes.set(xlim=(-0.5, pixels.shape[2] - 0.5), ylim=(pixels.shape[1] - 0.5, -0.5))
 
 
-def _draw_scale(axes: Axes, norm: Normalize) -> None:
+def draw_scale(axes: Axes, norm: Normalize) -> None:
     """The colour bar of one row of maps, over a middling grey as the maps are over the image."""
     bar = axes.figure.colorbar(ScalarMappable(norm, COLOR_MAP), cax=axes, alpha=OPACITY, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
@@ -389,7 +389,7 @@ def _draw_scale(axes: Axes, norm: Normalize) -> None:
     axes.yaxis.set_label_coords(5, 0.5)
 
 
-def _describe(i: int, classes: list[str] | None, labels, logits) -> tuple[str, str]:
+def describe_prediction(i: int, classes: list[str] | None, labels, logits) -> tuple[str, str]:
     """Image i's title, "cat 83 % (is: dog)" as far as it is known, and its colour: green where it is right."""
 
     def name(index: int) -> str:
@@ -408,23 +408,23 @@ def _describe(i: int, classes: list[str] | None, labels, logits) -> tuple[str, s
 # -------------------------------------------------------------------------------------- figures and files by the pixel
 
 
-def _figure(width: int, height: int, dpi: int = 100) -> Figure:
+def new_figure(width: int, height: int, dpi: int = 100) -> Figure:
     """A white figure laid out in pixels; with 200 dpi it is drawn at twice the resolution."""
     return Figure(figsize=(width / 100, height / 100), dpi=dpi)
 
 
-def _add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
     figure_width, figure_height = 100 * figure.get_size_inches()
     bottom = figure_height - top - height
     return figure.add_axes((left / figure_width, bottom / figure_height, width / figure_width, height / figure_height))
 
 
-def _add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
+def add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
     figure_width, figure_height = 100 * figure.get_size_inches()
     figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, parse_math=False, **style)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
     write_bytes(path, buffer.getvalue())

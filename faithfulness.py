@@ -1,0 +1,156 @@
+"""Are explanations faithful?  The deletion and insertion test, which `python explain.py --faithfulness` runs."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import utils
+
+
+def measure(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    scores: dict[str, torch.Tensor],
+    size: int,
+    steps: int = 16,
+    seed: int = 0,
+) -> dict:
+    """Deletion and insertion test (Samek et al. 2017, Petsiuk et al. 2018) of rankings, and of a random one.
+
+    Patches are removed in `steps` equal steps, from the highest-ranked down ("deletion") and from the lowest-ranked up
+    ("insertion": read from its end, it puts the highest-ranked patches into an empty image first); accuracy is measured
+    after each. Removed means replaced by the data set's mean colour: 0, since images are normalised. The area under
+    such a curve is its mean height over the part removed: a faithful ranking has a small one in deletion and a large
+    one in insertion.
+
+    Args:
+        images, labels: normalised `(n, 3, height, width)` and `(n,)`.
+        scores: by name, `(n, patches)`, row after row of a square grid of patches; the highest is removed first.
+        size: side of a patch in pixels.
+        seed: of the random ranking, and of the order of equal scores.
+
+    Returns:
+        `images`, `patches`, `removed` (patches, at each point of a curve), and for every name `rankings[name]
+        ["deletion" or "insertion"]` with the curve `accuracy`, its `area`, and `versus_random`: the area less that of
+        the random ranking with the 95 % interval `[difference, low, high]` of the mean over images, paired. All are
+        fractions.
+    """
+    random = torch.Generator().manual_seed(seed)
+    patches = next(iter(scores.values())).shape[1]
+    scores = {"random": torch.zeros(len(images), patches), **scores}
+    rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in scores.items()}
+    removed = torch.linspace(0, patches, min(steps, patches) + 1).round().long()
+    correct = {}  # name -> `(2, points, images)`: deletion and insertion
+    for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
+        correct[name] = torch.stack(
+            [remove_patches(model, images, labels, order, removed, size) for order in (ranking, ranking.flip(1))]
+        )
+    area = {name: torch.trapezoid(values, removed / patches, dim=1) for name, values in correct.items()}
+
+    def summary(name: str, i: int) -> dict:
+        difference = (area[name] - area["random"])[i]
+        margin = 1.96 * difference.std().item() / math.sqrt(len(images))
+        mean = difference.mean().item()
+        return {
+            "accuracy": correct[name][i].mean(dim=1).tolist(),
+            "area": area[name][i].mean().item(),
+            "versus_random": [mean, mean - margin, mean + margin],
+        }
+
+    curves = {name: {kind: summary(name, i) for i, kind in enumerate(("deletion", "insertion"))} for name in correct}
+    return {"images": len(images), "patches": patches, "removed": removed.tolist(), "rankings": curves}
+
+
+def rank(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Indices of patches, highest score first, `(n, patches)`; equal scores in random order."""
+    shuffled = torch.rand(scores.shape, generator=random).argsort(dim=1)
+    return shuffled.gather(1, scores.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
+
+
+@torch.no_grad()
+def remove_patches(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    order: torch.Tensor,
+    removed: torch.Tensor,
+    size: int,
+    batch_size: int = 500,
+) -> torch.Tensor:
+    """1 where the prediction is right, else 0, `(points, n)` on the CPU, after `removed[point]` patches are replaced
+    by zeros. The model must be in eval mode.
+
+    Args:
+        order: `(n, patches)`, indices of patches as they are removed.
+        removed: `(points,)`, how many are at each point.
+        size: side of a patch in pixels.
+    """
+    side = math.isqrt(order.shape[1])
+    place = order.argsort(dim=1).view(-1, 1, side, side)  # of each patch, when it is removed
+    place = place.repeat_interleave(size, dim=2).repeat_interleave(size, dim=3)
+    rest = images.shape[-1] - size * side
+    place = F.pad(place, (0, rest, 0, rest), value=order.shape[1])  # the edge that no patch covers stays
+    correct = []
+    for count in removed.tolist():
+        for batch, when, right in zip(*(x.split(batch_size) for x in (images, place, labels)), strict=True):
+            correct.append((model(batch * (when >= count)).argmax(dim=1) == right).float().cpu())
+    return torch.cat(correct).view(len(removed), len(images))
+
+
+def markdown_table(report: dict) -> str:
+    """Areas under the curves in percent, with their difference from the random ranking and its 95 % interval."""
+    lines = [
+        "| ranking | deletion (lower is better) | against random | insertion (higher is better) | against random |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, curves in report["rankings"].items():
+        cells = []
+        for kind in ("deletion", "insertion"):
+            difference, low, high = (100 * value for value in curves[kind]["versus_random"])
+            versus = "" if name == "random" else f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
+            cells += [f"{100 * curves[kind]['area']:.1f}", versus]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path, title: str) -> Figure:
+    """Accuracy as patches are removed, the highest-ranked first and the lowest-ranked first."""
+    colors = [utils.VERMILLION, "#CC79A7", utils.BLUE, utils.GREEN, "#E69F00"]  # of Okabe and Ito
+    percent = [100 * count / report["patches"] for count in report["removed"]]
+    figure = utils.new_figure(960, 420, dpi=200)
+    note = f"accuracy on {report['images']:,} test images; removed patches get the mean colour"
+    utils.add_text(figure, 14, 28, f"{title}: are the explanations faithful?", size=13, weight="bold")
+    utils.add_text(figure, 14, 48, note, size=9.5)
+    for panel, (kind, heading) in enumerate(
+        (("deletion", "highest-ranked first: lower is better"), ("insertion", "lowest-ranked first: higher is better"))
+    ):
+        axes = utils.add_axes(figure, 56 + 476 * panel, 84, 410, 278)
+        for i, (name, curves) in enumerate(report["rankings"].items()):
+            style = {"color": utils.DARK, "ls": "--"} if name == "random" else {"color": colors[i - 1]}
+            accuracy = [100 * value for value in curves[kind]["accuracy"]]
+            axes.plot(percent, accuracy, lw=1.8, label=f"{name}: {100 * curves[kind]['area']:.1f}", **style)
+        axes.set_title(heading, loc="left", size=10.5, color=utils.DARK)
+        axes.set_xlabel("patches removed, %", size=9.5, color=utils.DARK)
+        axes.set_ylabel("accuracy, %", size=9.5, color=utils.DARK)
+        axes.set(xlim=(0, 100), ylim=(0, 100))
+        place = "upper right" if kind == "deletion" else "lower left"
+        legend = axes.legend(loc=place, fontsize=9, frameon=False, labelcolor=utils.DARK, title="area under the curve")
+        legend.get_title().set(size=9, color=utils.DARK)
+        tidy(axes)
+    utils.save_figure(figure, path)
+    return figure
+
+
+def tidy(axes: Axes) -> None:
+    axes.tick_params(labelsize=9.5, color=utils.GREY, labelcolor=utils.DARK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(utils.GREY)
+    axes.grid(color=utils.LIGHT)
+    axes.set_axisbelow(True)

@@ -1,0 +1,151 @@
+"""Measures against values worked out by hand and against scikit-learn; pictures and figures as files."""
+
+import json
+import sys
+
+import pytest
+import sklearn.metrics
+import torch
+from PIL import Image
+
+import evaluate
+from network import CNN, FeedForward
+
+
+@pytest.fixture
+def predictions():
+    """200 images of 5 classes, of which class 4 is never predicted."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (200,), generator=random)
+    logits = torch.randn(200, 5, generator=random)
+    logits[torch.arange(200), labels] += 1
+    logits[:, 4] = -10
+    return logits.softmax(dim=1), labels
+
+
+def two_classes(confidence: list[float]) -> torch.Tensor:
+    """Class 0 predicted with that probability."""
+    top = torch.tensor(confidence, dtype=torch.float64)
+    return torch.stack([top, 1 - top], dim=1)
+
+
+def test_calibration_by_hand():
+    # 5 bins. (0.4, 0.6]: 0.55 wrong and 0.6 right; (0.8, 1]: 0.9 right, 0.9 right, 1.0 wrong
+    probabilities, labels = two_classes([0.55, 0.6, 0.9, 0.9, 1.0]), torch.tensor([1, 0, 0, 0, 1])
+    table = evaluate.calibration(probabilities, labels, bins=5)
+    assert [row["images"] for row in table] == [0, 0, 2, 0, 3]
+    assert [(row["low"], row["high"]) for row in table] == [(i / 5, (i + 1) / 5) for i in range(5)]
+    assert table[2]["confidence"] == pytest.approx(0.575) and table[2]["accuracy"] == 0.5
+    assert table[4]["confidence"] == pytest.approx(2.8 / 3) and table[4]["accuracy"] == pytest.approx(2 / 3)
+    assert table[0]["confidence"] is None and table[0]["accuracy"] is None
+    # (2 * 0.075 + 3 * (2.8 - 2) / 3) / 5
+    assert evaluate.expected_calibration_error(probabilities, labels, bins=5) == pytest.approx(0.95 / 5)
+
+
+def test_calibration_error_of_the_sure_and_right_and_of_the_sure_and_wrong():
+    probabilities = two_classes([1.0] * 4)
+    assert evaluate.expected_calibration_error(probabilities, torch.zeros(4, dtype=torch.long)) == 0
+    assert evaluate.expected_calibration_error(probabilities, torch.ones(4, dtype=torch.long)) == 1
+
+
+def test_every_image_is_in_one_of_fifteen_bins(predictions):
+    table = evaluate.calibration(*predictions)
+    assert len(table) == 15 and sum(row["images"] for row in table) == 200
+    for row in table:
+        if row["images"]:
+            assert row["low"] < row["confidence"] <= row["high"]
+
+
+def test_confusion_matrix_is_scikit_learns(predictions):
+    probabilities, labels = predictions
+    expected = sklearn.metrics.confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(5))
+    assert evaluate.confusion_matrix(probabilities, labels) == expected.tolist()
+
+
+def test_precision_and_recall_from_the_confusion_matrix(predictions):
+    rows = evaluate.per_class(*predictions, classes=list("abcde"))
+    matrix = torch.tensor(evaluate.confusion_matrix(*predictions)).double()
+    for i, row in enumerate(rows[:4]):
+        precision, recall = matrix[i, i] / matrix[:, i].sum(), matrix[i, i] / matrix[i].sum()
+        assert row["class"] == "abcde"[i] and row["images"] == matrix[i].sum()
+        assert row["precision"] == pytest.approx(precision.item()) and row["recall"] == pytest.approx(recall.item())
+        assert row["f1"] == pytest.approx((2 * precision * recall / (precision + recall)).item())
+    assert rows[4]["precision"] == rows[4]["recall"] == 0  # never predicted
+    assert evaluate.markdown_table(rows).splitlines()[6].startswith("| e | 0.0% | 0.0% | 0.0% |")
+
+
+def test_mistakes_are_the_most_confident_first(tmp_path):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    probabilities = two_classes([0.6, 0.99, 0.9, 0.7])
+    figure = evaluate.draw_mistakes(
+        images, probabilities, torch.tensor([1, 0, 1, 1]), ["cat", "dog"], tmp_path / "mistakes.png", ""
+    )
+    said = [text.get_text() for text in figure.texts if text.get_text().startswith("cat")]
+    assert said == ["cat 90 %", "cat 70 %", "cat 60 %"]
+    assert (figure.axes[0].images[0].get_array() == images[2].permute(1, 2, 0).numpy()).all()
+
+
+def test_a_model_without_mistakes_can_be_drawn(tmp_path):
+    probabilities, labels = two_classes([1.0, 1.0]), torch.zeros(2, dtype=torch.long)
+    evaluate.draw_mistakes(torch.zeros(2, 3, 8, 8), probabilities, labels, ["cat", "dog"], tmp_path / "none.png", "")
+    matrix = evaluate.confusion_matrix(probabilities, labels)
+    evaluate.draw_confusion(matrix, ["cat", "dog"], tmp_path / "confusion.png", "")
+    assert (tmp_path / "none.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        try:
+            code = evaluate.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capsys.readouterr()
+
+    return run
+
+
+def save(model, path, digits, **changes):
+    model.save(
+        path, **{"dataset": "digits", "classes": digits.classes, "mean": digits.mean, "std": digits.std} | changes
+    )
+    return path
+
+
+def test_script(tmp_path, digits, run):
+    torch.manual_seed(0)
+    models = [CNN().eval(), FeedForward(hidden_size=16).eval()]
+    changed = {"mean": [0.1, 0.2, 0.3]}  # a model's own normalisation counts, not that of the data as split today
+    paths = [save(models[0], tmp_path / "a.pt", digits), save(models[1], tmp_path / "b.pt", digits, **changed)]
+    code, out, _ = run(*paths, "--output_dir", tmp_path / "figures", "--batch_size", 100)
+    assert code == 0 and out.count("expected calibration error") == 2
+    for name in "ab":
+        for what in ("confusion", "calibration", "mistakes"):
+            with Image.open(tmp_path / "figures" / f"{name}_{what}.png") as picture:
+                assert picture.width > 400
+    for model, name, mean in zip(models, "ab", (digits.mean, changed["mean"]), strict=True):
+        report = json.loads((tmp_path / "figures" / f"{name}_evaluation.json").read_text())
+        mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(digits.std).view(1, 3, 1, 1)
+        with torch.no_grad():
+            logits = model((digits.test.images.float() / 255 - mean) / std)
+        accuracy = sklearn.metrics.accuracy_score(digits.test.labels, logits.argmax(dim=1))
+        loss = sklearn.metrics.log_loss(digits.test.labels, logits.double().softmax(dim=1))
+        assert report["accuracy"] == pytest.approx(accuracy) and report["loss"] == pytest.approx(loss, rel=1e-4)
+        assert report["images"] == 360 and report["dataset"] == "digits" and "torch" in report["provenance"]
+        assert sum(map(sum, report["confusion_matrix"])) == 360
+
+
+def test_errors_are_one_line(tmp_path, digits, run):
+    assert run()[0] == 2
+    path = save(CNN(), tmp_path / "a.pt", digits)
+    for arguments, words in (
+        ([], "name at least one file"),
+        ([tmp_path / "none.pt"], "No such file"),
+        ([path, path], "overwrite each other"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
