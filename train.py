@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -76,6 +77,31 @@ class Config:
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
 
 
+class Files:
+    """Where a run writes."""
+
+    def __init__(self, config: Config, model: str, dataset: str):
+        suffix = "" if dataset == "cifar10" else f"_{dataset}"
+        root = Path(config.output_dir)
+        self.name = config.name or model + suffix
+        self.saved, self.figures = root / "saved", root / "figures"
+        self.model = self.saved / f"{self.name}.pt"
+        self.report = self.saved / f"{self.name}.json"
+        self.checkpoint = self.saved / f"{self.name}.checkpoint"
+        self.lock = self.saved / f"{self.name}.lock"
+        self.curves = self.figures / f"{self.name}_curves.png"
+        self.frames = self.figures / f"{self.name}_frames"
+        self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
+        self.gif = root / f"animation_{config.name or config.model + suffix}.gif"
+
+    def prepare(self) -> None:
+        """Make the folders, and make sure now that they can be written."""
+        for folder in (self.saved, self.figures):
+            probe = folder / f".{self.name}.probe"
+            write_bytes(probe, b"")
+            probe.unlink()
+
+
 def main() -> None:
     config = cli.parse(Config)
     with cli.one_line_errors():
@@ -127,20 +153,24 @@ def main() -> None:
             command = shlex.join(["python", *sys.argv] + ([] if config.resume else ["--resume"]))
             print(f"\ninterrupted after step {runner.step}; to go on: {command}")
             raise SystemExit(128 + interrupted[0])
+        test_and_save(runner, data, config, files, title)
     except (NonFiniteLoss, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
-    test_loss, test_accuracy = runner.test(data.loader("test", 500, device))
+
+def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, title: str) -> None:
+    """Use the test set, once, at the end; write the model, its figures and the pictures."""
+    test_loss, test_accuracy = runner.test(data.loader("test", 500, runner.device))
     results = {
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in runner.model.parameters()),
         "val_accuracy": runner.metrics["val_accuracy"][-1],
         "val_loss": runner.metrics["val_loss"][-1],
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "training_seconds": round(runner.seconds, 1),
     }
-    model.save(files.model, dataset=data.name, classes=data.classes, mean=data.mean, std=data.std)
+    runner.model.save(files.model, dataset=data.name, classes=data.classes, mean=data.mean, std=data.std)
     report = {
         "results": results,
         "config": dataclasses.asdict(config),
@@ -150,6 +180,7 @@ def main() -> None:
     write_bytes(files.report, json.dumps(report, indent=1).encode())
     written = [files.model, files.report] + draw_pictures(runner, data, config, files, title)
     save_checkpoint(runner, config, files, results)
+    shutil.rmtree(files.frames, ignore_errors=True)  # only now: a run that is killed before this needs them again
     print("wrote " + ", ".join(str(path) for path in written))
     print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({data.name}, {len(data.test):,} images)")
 
@@ -194,31 +225,6 @@ def build_model(config: Config, data: Dataset) -> Module:
         tokenizer=config.tokenizer,
         drop_path=config.drop_path,
     )
-
-
-class Files:
-    """Where a run writes."""
-
-    def __init__(self, config: Config, model: str, dataset: str):
-        suffix = "" if dataset == "cifar10" else f"_{dataset}"
-        root = Path(config.output_dir)
-        self.name = config.name or model + suffix
-        self.saved, self.figures = root / "saved", root / "figures"
-        self.model = self.saved / f"{self.name}.pt"
-        self.report = self.saved / f"{self.name}.json"
-        self.checkpoint = self.saved / f"{self.name}.checkpoint"
-        self.lock = self.saved / f"{self.name}.lock"
-        self.curves = self.figures / f"{self.name}_curves.png"
-        self.frames = self.figures / f"{self.name}_frames"
-        self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
-        self.gif = root / f"animation_{config.name or config.model + suffix}.gif"
-
-    def prepare(self) -> None:
-        """Make the folders, and make sure now that they can be written."""
-        for folder in (self.saved, self.figures):
-            probe = folder / f".{self.name}.probe"
-            write_bytes(probe, b"")
-            probe.unlink()
 
 
 # --------------------------------------------------------------------------------------------------- interruptions
@@ -330,7 +336,11 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
     written = [files.curves]
     if config.gif_frames:
         utils.write_to_gif(
-            files.frames, files.gif, frame_duration=config.gif_frame_duration, max_frames=max(2, config.gif_frames)
+            files.frames,
+            files.gif,
+            frame_duration=config.gif_frame_duration,
+            max_frames=max(2, config.gif_frames),
+            keep_frames=True,
         )
         written.append(files.gif)
     if config.model == "vit":

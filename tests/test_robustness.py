@@ -178,6 +178,24 @@ def test_a_run_killed_three_times_ends_as_the_run_left_alone(tmp_path):
     assert crash_test.differences(tmp_path / "alone", tmp_path / "crashed") == []
 
 
+def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path, monkeypatch):
+    flags = ("--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--gif_frames", "2")
+    save_checkpoint = train.save_checkpoint
+
+    def die_at_the_end(runner, config, files, results=None):
+        if results is not None:
+            raise SystemExit(9)
+        save_checkpoint(runner, config, files)
+
+    with pytest.MonkeyPatch.context() as dying:
+        dying.setattr(train, "save_checkpoint", die_at_the_end)
+        assert run_main(monkeypatch, tmp_path, *flags)[0] == 9
+    gif = (tmp_path / "animation_vit_digits.gif").read_bytes()
+    assert run_main(monkeypatch, tmp_path, *flags, "--resume") == (0, "")
+    assert (tmp_path / "animation_vit_digits.gif").read_bytes() == gif
+    assert not (tmp_path / "figures" / "VisionTransformer_digits_frames").exists()
+
+
 def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path, monkeypatch):
     (tmp_path / "saved").mkdir()
     with FileLock(tmp_path / "saved" / "VisionTransformer_digits.lock"):
