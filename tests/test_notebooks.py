@@ -1,0 +1,114 @@
+"""The notebooks run, without CIFAR-10 and without a network, and what is committed of them is fit to be read."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ["vit_tutorial", "attention_maps", "model_comparison"]
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The repository's modules, committed results and notebooks in a folder where runs may write."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for folder in ("saved", "figures", "demos"):
+        (tmp_path / folder).mkdir()
+        for path in (ROOT / folder).iterdir():
+            if path.suffix in (".pt", ".json", ".png", ".ipynb"):
+                shutil.copy(path, tmp_path / folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def execute(copy, name, start="demos"):
+    """The notebook with its outputs, run from the folder `start`; raises CellExecutionError on any error."""
+    notebook = nbformat.read(copy / "demos" / f"{name}.ipynb", as_version=4)
+    NotebookClient(
+        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(copy / start)}}
+    ).execute()
+    return notebook
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def texts(notebook):
+    """All that a reader can read in the outputs."""
+    for output in outputs(notebook):
+        yield output.get("text", "")
+        for kind, content in output.get("data", {}).items():
+            if kind.startswith("text/"):
+                yield content
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_run(copy, name):
+    before = {path for path in copy.rglob("*") if "__pycache__" not in path.parts}
+    execute(copy, name)
+    assert {path for path in copy.rglob("*") if "__pycache__" not in path.parts} == before, "a notebook leaves files"
+
+
+def test_notebooks_run_from_the_root_too(copy):
+    execute(copy, "model_comparison", start=".")
+
+
+def test_attention_maps_does_without_the_faithfulness_results(copy):
+    for path in (copy / "figures").glob("faithfulness*"):
+        path.unlink()
+    assert any("python explain.py --faithfulness" in text for text in texts(execute(copy, "attention_maps")))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_model_comparison_reads_the_study_when_it_is_there(copy, paired):
+    rng = np.random.default_rng(0)
+    template = json.loads((ROOT / "saved" / "CNN.json").read_text())
+    runs = []
+    for name, accuracy in (("CNN", 0.7), ("ViT (patch=4)", 0.8), ("ViT (patch=8)", 0.6)):
+        for _ in range(2):
+            correct = (rng.random(10_000) < accuracy).astype(int).tolist()
+            results = {**template["results"], "test_accuracy": sum(correct) / len(correct)}
+            runs.append({**template, "name": name, "results": results} | ({"correct": correct} if paired else {}))
+    (copy / "figures" / "model_comparison.json").write_text(json.dumps({"runs": runs}))
+    text = "\n".join(texts(execute(copy, "model_comparison")))
+    assert "6 runs" in text and ("paired bootstrap" in text) == paired
+    difference, low, high = map(float, re.search(r"ViT \(patch=4\): (\S+) \((\S+) to (\S+)\)", text).groups())
+    assert low < difference < high and abs(difference - 10) < 1.5
+    assert "**ViT (patch=8)** is" in text and "points below **CNN**" in text
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_are_fit_to_be_read(name):
+    path = ROOT / "demos" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
+    assert any(kind.startswith("image/") for output in outputs(notebook) for kind in output.get("data", {}))
+    assert path.stat().st_size < 1.5e6
+    assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
+    for output in outputs(notebook):
+        assert output.output_type != "error" and output.get("name") != "stderr"
+    for text in [*texts(notebook), *(cell.source for cell in notebook.cells)]:
+        assert "Traceback" not in text
+        assert not re.search(r"(?<![\w.])/(work|tmp|root|home|Users|usr|opt|mnt|private)\b|[A-Z]:\\Users", text)
+        assert not re.search(r"0x[0-9a-f]{8,}", text), "an address in memory"
+
+
+def test_the_sheet_holds_twenty_test_images_of_each_class(cifar10):
+    sheet = np.array(Image.open(ROOT / "demos" / "cifar10_samples.png"))
+    images = sheet.reshape(10, 32, 20, 32, 3).transpose(0, 2, 4, 1, 3)
+    for label in range(10):
+        expected = cifar10.test.images[cifar10.test.labels == label][:20].numpy()
+        assert np.array_equal(images[label], expected)
+    assert os.path.getsize(ROOT / "demos" / "cifar10_samples.png") < 1e6
