@@ -5,6 +5,7 @@ import datetime
 import io
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +46,11 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str) -> None:
-    """Print one line and end with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message: str, code: int = 2) -> None:
+    """Print one line and end with this exit code."""
+    message = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(message.split()))  # how Python begins a system's errors
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def provenance() -> dict:

@@ -120,7 +120,7 @@ class Runner:
         Loaders give `(images, labels)` batches: the project's ImageLoader or a torch DataLoader.
 
         Raises:
-            NonFiniteLoss: the loss is infinite or not a number.
+            NonFiniteLoss: the training or validation loss, or a gradient, is infinite or not a number.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
@@ -141,6 +141,11 @@ class Runner:
             line += f"{self.epoch_totals.accuracy:6.2%}"
             if val_loader is not None:
                 loss, accuracy = self.test(val_loader, description="validating")
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(
+                        f"the validation loss is {loss} after epoch {self.epoch + 1}, step {self.step}, with "
+                        f"{self.skipped} steps skipped: the weights are of no use any more. Try a lower learning rate"
+                    )
                 self._record("val", loss, accuracy)
                 line += f"  val loss {loss:.4f} accuracy {accuracy:6.2%}"
             self.epoch += 1

@@ -87,6 +87,7 @@ class Dataset:
 
     def loader(self, split: Literal["train", "val", "test"], batch_size: int, device="cpu", **options) -> "ImageLoader":
         """Batches of one split, normalised with the training split's mean and standard deviation."""
+        options = {"flip": self.flip, **options}
         return ImageLoader(getattr(self, split), batch_size, self.mean, self.std, device=device, **options)
 
 
@@ -144,6 +145,8 @@ class ImageLoader:
         mirrored = (torch.rand(n, generator=random) < 0.5).to(device)
         order = order[self.first_batch * self.batch_size :].to(device)
         self.set_epoch(self.epoch + 1)  # for a caller who never says which epoch it is
+        if not len(order):  # taken up again after the last batch; and `split` would give one empty batch
+            return
         for batch in order.split(self.batch_size):
             images = self.images[batch]
             if self.augment:

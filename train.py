@@ -41,7 +41,7 @@ class Config:
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
-    augment: bool = True  # random crop (4 pixels, reflected) and mirroring: without it a ViT overfits by epoch 10
+    augment: bool = True  # random crops and mirroring; --no-augment leaves them out, and a ViT overfits by epoch 10
 
     # model
     model: Literal["vit", "cnn", "mlp"] = "vit"  # Vision Transformer, convolutional network, multi-layer perceptron
@@ -111,7 +111,10 @@ def main() -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size {config.batch_size} is larger than the training set of {len(data.train)}")
         torch.manual_seed(config.seed)
-        model = build_model(config, data)
+        try:
+            model = build_model(config, data)
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
         files = Files(config, type(model).__name__, data.name)
 
         train_loader = data.loader(
@@ -138,6 +141,8 @@ def main() -> None:
             lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
         except Timeout:
             raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
+        if not config.resume:
+            keep_interrupted_run(files)
 
     title = f"{type(model).__name__} on {data.name}"
     parameters = sum(p.numel() for p in model.parameters())
@@ -150,13 +155,12 @@ def main() -> None:
             runner.train(train_loader, val_loader, epochs=config.epochs - runner.epoch)
         if interrupted:
             save_checkpoint(runner, config, files)
-            command = shlex.join(["python", *sys.argv] + ([] if config.resume else ["--resume"]))
+            command = shlex.join([sys.executable, *sys.argv] + ([] if config.resume else ["--resume"]))
             print(f"\ninterrupted after step {runner.step}; to go on: {command}")
             raise SystemExit(128 + interrupted[0])
         test_and_save(runner, data, config, files, title)
     except (NonFiniteLoss, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        cli.fail(str(error), code=1)
 
 
 def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, title: str) -> None:
@@ -169,6 +173,7 @@ def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, t
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "training_seconds": round(runner.seconds, 1),
+        "skipped_steps": runner.skipped,
     }
     runner.model.save(files.model, dataset=data.name, classes=data.classes, mean=data.mean, std=data.std)
     report = {
@@ -199,6 +204,10 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed {config.seed} must be in [0, 2**32)")
+    if config.gif_frame_duration > 655_350:
+        raise ValueError(
+            f"gif_frame_duration {config.gif_frame_duration} is longer than a GIF can: 655350 milliseconds"
+        )
     for name in ("warmup", "label_smoothing", "drop_path"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
@@ -274,14 +283,33 @@ def resume(runner: Runner, config: Config, files: Files) -> None:
     if checkpoint["results"] is not None and not changed:
         print(f"this run has finished: test accuracy {checkpoint['results']['test_accuracy']:.2%}, {files.model}")
         raise SystemExit(0)
+    wanted = [(group["initial_lr"], group["weight_decay"]) for group in runner.optimizer.param_groups]
     try:
         runner.load_state_dict(checkpoint["runner"])
     except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{files.checkpoint} does not fit this model: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{files.checkpoint} does not fit this model: {reason}") from None
+    if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold
+        schedule = runner.scheduler
+        schedule.base_lrs = [lr for lr, _ in wanted]
+        for group, factor, (lr, decay) in zip(runner.optimizer.param_groups, schedule.lr_lambdas, wanted, strict=True):
+            group.update(initial_lr=lr, lr=lr * factor(schedule.last_epoch), weight_decay=decay)
     print(f"resuming after epoch {runner.epoch}, step {runner.step}")
 
 
 CHANGEABLE = ("data_dir", "device", "name", "output_dir", "resume", "resume_changed", "checkpoint_minutes")
+
+
+def keep_interrupted_run(files: Files) -> None:
+    """Set the checkpoint of an interrupted run aside, rather than have the new run of that name overwrite it."""
+    try:
+        unfinished = files.checkpoint.exists() and read_file(files.checkpoint).get("results") is None
+    except CheckpointError:
+        return
+    if unfinished:
+        aside = files.checkpoint.with_name(files.checkpoint.name + ".previous")
+        files.checkpoint.replace(aside)
+        print(f"an interrupted run of this name is now {aside}; to go on with it, rename it back and use --resume")
 
 
 def stop_on_signals(runner: Runner) -> list[int]:
@@ -334,7 +362,7 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
     """Training curves, the GIF and, for a ViT, attention maps; returns what was written."""
     utils.draw_curves(runner.metrics, files.curves, title)
     written = [files.curves]
-    if config.gif_frames:
+    if any(files.frames.glob("frame_*.png")):  # none are left of a run that had finished and now went on
         utils.write_to_gif(
             files.frames,
             files.gif,

@@ -196,6 +196,59 @@ def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_f
     assert not (tmp_path / "figures" / "VisionTransformer_digits_frames").exists()
 
 
+def interrupt(monkeypatch, folder: Path, event: str, *flags: str) -> None:
+    """Run until the given callback event, and end there as a kill would, after writing a checkpoint."""
+
+    def write_and_die(runner, config, files):
+        def die(runner):
+            train.save_checkpoint(runner, config, files)
+            raise SystemExit(9)
+
+        runner.callbacks[event].append(die)
+
+    with pytest.MonkeyPatch.context() as dying:
+        dying.setattr(train, "write_checkpoints", write_and_die)
+        assert run_main(monkeypatch, folder, *flags)[0] == 9
+
+
+SMALL = ("--num_blocks", "1", "--hidden_size", "8", "--num_heads", "2", "--batch_size", "16")
+
+
+def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_path, monkeypatch):
+    flags = (*SMALL, "--epochs", "2")  # 16 images: the first step is the last of its epoch
+    interrupt(monkeypatch, tmp_path / "killed", "step_end", *flags)
+    assert run_main(monkeypatch, tmp_path / "killed", *flags, "--resume") == (0, "")
+    assert run_main(monkeypatch, tmp_path / "alone", *flags) == (0, "")
+    killed, alone = (
+        train.Module.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(killed.parameters(), alone.parameters(), strict=True))
+
+
+def test_a_changed_learning_rate_is_in_force_after_resume_changed(tmp_path, monkeypatch):
+    interrupt(monkeypatch, tmp_path, "epoch_end", *SMALL, "--epochs", "4")
+    checkpoint = tmp_path / "saved" / "VisionTransformer_digits.checkpoint"
+    before = files.read_file(checkpoint)["runner"]["model"]
+    flags = (*SMALL, "--epochs", "4", "--resume", "--resume_changed", "--lr", "1e-12", "--weight_decay", "0")
+    assert run_main(monkeypatch, tmp_path, *flags) == (0, "")
+    after = files.read_file(checkpoint)["runner"]["model"]
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+
+
+def test_a_new_run_sets_the_checkpoint_of_an_interrupted_one_aside(tmp_path, monkeypatch):
+    interrupt(monkeypatch, tmp_path, "epoch_end", *SMALL, "--epochs", "4")
+    assert run_main(monkeypatch, tmp_path, *SMALL, "--epochs", "1") == (0, "")
+    assert (
+        files.read_file(tmp_path / "saved/VisionTransformer_digits.checkpoint.previous")["runner"]["progress"]["epoch"]
+        == 1
+    )
+
+
+def test_weights_that_are_no_longer_finite_end_the_run_even_when_steps_are_skipped(tmp_path, monkeypatch):
+    code, errors = run_main(monkeypatch, tmp_path, *SMALL, "--epochs", "2", "--lr", "1e30", "--skip_nonfinite")
+    assert code == 1 and "lower learning rate" in errors or "learning rate is too high" in errors
+
+
 def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path, monkeypatch):
     (tmp_path / "saved").mkdir()
     with FileLock(tmp_path / "saved" / "VisionTransformer_digits.lock"):

@@ -512,7 +512,7 @@ def resume(interrupted, folder, monkeypatch, *args):
     (out / checkpoint.name).write_bytes(checkpoint.read_bytes())
     monkeypatch.chdir(folder)
     command = shlex.split(interrupted.printed[interrupted.printed.index("to go on: ") :])[3:]
-    assert command[0] == "python"
+    assert command[0] == sys.executable
     return [*command[2:], *args]
 
 
