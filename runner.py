@@ -257,7 +257,14 @@ class Runner:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from where `state_dict` was taken: `train` continues in the middle of the epoch, bit for bit."""
+        """Go on from where `state_dict` was taken: `train` continues in the middle of the epoch, bit for bit.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: the state is not of such a runner.
+        """
+        for name in self.metrics:
+            if not all(isinstance(value, int | float) for value in state["metrics"][name]):
+                raise ValueError(f"its metrics' {name} are not numbers")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

@@ -271,7 +271,7 @@ def resume(runner: Runner, config: Config, files: Files) -> None:
     if not files.checkpoint.exists():
         raise CheckpointError(f"there is no {files.checkpoint} to resume from: run without --resume")
     checkpoint = read_file(files.checkpoint)
-    if not {"runner", "config", "results"} <= checkpoint.keys():
+    if not {"runner", "config", "results"} <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
         raise CheckpointError(f"{files.checkpoint} is not a checkpoint of a run")
     changed = [
         f"{name} was {before!r} and is {now!r}"
@@ -286,7 +286,7 @@ def resume(runner: Runner, config: Config, files: Files) -> None:
     wanted = [(group["initial_lr"], group["weight_decay"]) for group in runner.optimizer.param_groups]
     try:
         runner.load_state_dict(checkpoint["runner"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{files.checkpoint} does not fit this model: {reason}") from None
     if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold

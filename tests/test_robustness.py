@@ -107,6 +107,17 @@ def test_the_checksum_itself_finds_an_altered_weight(checkpoint, tmp_path):
         files.read_file(tmp_path / "altered")
 
 
+@pytest.mark.parametrize("key, value", [("metrics", {"train_loss": ["code"]}), ("metrics", []), ("progress", {})])
+def test_a_checkpoint_whose_contents_make_no_sense_is_one_line(checkpoint, tmp_path, monkeypatch, key, value):
+    contents = files.read_file(checkpoint)
+    contents["runner"][key] = value
+    contents["results"] = None
+    files.write_file(tmp_path / "saved" / checkpoint.name, contents)
+    flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
+    code, errors = run_main(monkeypatch, tmp_path, *flags, "--resume", "--resume_changed")
+    assert code == 2 and "does not fit" in errors and len(errors.splitlines()) == 1
+
+
 def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, monkeypatch):
     saved = tmp_path / "saved"
     saved.mkdir()
