@@ -118,7 +118,7 @@ def main() -> None:
         files = Files(config, type(model).__name__, data.name)
 
         train_loader = data.loader(
-            "train", config.batch_size, device, shuffle=True, augment=config.augment, flip=data.flip, seed=config.seed
+            "train", config.batch_size, device, shuffle=True, augment=config.augment, seed=config.seed
         )
         val_loader = data.loader("val", 500, device)
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay)
