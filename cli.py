@@ -1,6 +1,8 @@
 """Command lines: hyperparameters from a dataclass, and errors of one line with exit code 2."""
 
+import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import os
@@ -17,16 +19,24 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(config_class: type[T], args: list[str] | None = None) -> T:
+def parse(config_class: type[T], args: list[str] | None = None, presets: dict[str, dict] | None = None) -> T:
     """The dataclass `config_class` from the command line; `--help` shows its fields, their comments and defaults.
+
+    With `presets`, the flag `--preset` names one of them: values that take the defaults' place.
 
     A flag may be written with dashes or underscores. A flag or value that is not known ends the program with one line
     on stderr and exit code 2.
     """
+    options = {}
+    if presets:
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--preset", nargs="?")
+        preset = finder.parse_known_args(args)[0].preset
+        options["default"] = dataclasses.replace(config_class(), **presets.get(preset, {}))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(config_class, args=args, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if stop.code:
             # tyro draws a box: its title, what was wrong, a rule, and then advice

@@ -37,14 +37,8 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-PROGRESS = (
-    "epoch",
-    "batch",
-    "step",
-    "seconds",
-    "last_loss",
-    "skipped",
-)  # of a Runner's attributes, those that a checkpoint holds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROGRESS = ("epoch", "batch", "step", "seconds", "last_loss", "skipped")  # attributes that a checkpoint holds
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -66,6 +60,8 @@ class Runner:
         grad_clip: largest norm of all gradients together; longer ones are scaled down to it. None leaves them alone.
         skip_nonfinite: step over batches whose loss or gradient is infinite or not a number, counting them in
             `skipped`, where otherwise training stops.
+        precision: "fp32", or "bf16" or "fp16": what `torch.autocast` computes in where that is safe; weights stay in
+            fp32. fp16 comes with a gradient scaler (Micikevicius et al. 2018), whose left-out steps are its own affair.
 
     `metrics` holds lists: `train_loss`, `train_accuracy` (averages over the images since the entry before) at
     `train_step`, and `val_loss`, `val_accuracy` at `val_step`. Steps are optimiser steps from the start; accuracies are
@@ -86,7 +82,10 @@ class Runner:
         log_every: int = 50,
         grad_clip: float | None = None,
         skip_nonfinite: bool = False,
+        precision: str = "fp32",
     ):
+        if precision not in DTYPES:
+            raise ValueError(f"unknown precision {precision!r}: choose {', '.join(DTYPES)}")
         self.device = choose_device("auto") if device is None else torch.device(device)
         self.model = model.to(self.device)
         self.optimizer = optimizer
@@ -96,6 +95,8 @@ class Runner:
         self.log_every = log_every
         self.grad_clip = grad_clip
         self.skip_nonfinite = skip_nonfinite
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.callbacks = {"train_start": [], "step_end": [], "epoch_end": []}
         self.metrics = {
             f"{split}_{quantity}": [] for split in ("train", "val") for quantity in ("loss", "accuracy", "step")
@@ -183,21 +184,29 @@ class Runner:
         return itertools.islice(loader, self.batch, None)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> None:
-        logits = self.model(images)
+        logits = self._logits(images)
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        if self.scaler.is_enabled():
+            norm = torch.zeros_like(norm)  # the scaler looks for infinite gradients itself, and leaves such steps out
         if self._is_finite(loss.detach(), norm, read_loss):
             for totals in (self.epoch_totals, self.log_totals):
                 totals.add(loss, logits, labels)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         else:
             self.skipped += 1
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
         self.batch += 1
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self.model(images).float()
 
     def _is_finite(self, loss: torch.Tensor, norm: torch.Tensor, read: bool) -> bool:
         """Whether loss and gradients are finite, as far as is known: where reading makes an accelerator wait, they are
@@ -248,6 +257,7 @@ class Runner:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "metrics": self.metrics,
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "epoch_totals": vars(self.epoch_totals),
@@ -269,6 +279,7 @@ class Runner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.metrics = state["metrics"]
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
@@ -290,7 +301,7 @@ class Runner:
         with _progress_bar(loader, description) as bar:
             for images, labels in loader:
                 images, labels = images.to(self.device), labels.to(self.device)
-                logits = self.model(images)
+                logits = self._logits(images)
                 totals.add(self.eval_criterion(logits, labels), logits, labels)
                 bar.update(len(labels))
         self.model.train(was_training)

@@ -308,6 +308,36 @@ def test_a_non_finite_loss_is_found_on_an_accelerator_too():
 # ---------------------------------------------------------------------------------------------- taking up again
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_training_is_near_that_of_fp32(digits, precision):
+    runners = []
+    for name in ("fp32", precision):
+        runner, loader, val_loader = vit_runner(digits, augment=False)
+        runner = Runner(runner.model, runner.optimizer, runner.criterion, "cpu", runner.scheduler, precision=name)
+        runner.train(loader, val_loader, epochs=3)
+        runners.append(runner)
+    exact, low = (runner.metrics["val_loss"][-1] for runner in runners)
+    assert low != exact and low == pytest.approx(exact, rel=0.05)
+    assert all(p.dtype == torch.float32 for p in runners[1].model.parameters())
+
+
+def test_the_fp16_scaler_leaves_out_steps_whose_scaled_gradients_overflow():
+    torch.manual_seed(0)
+    model = FeedForward(48, 8, 3)
+    runner = Runner(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), "cpu", precision="fp16")
+    runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    before = copy.deepcopy(model)
+    runner.train(batches(4), epochs=1)
+    assert same_weights(model, before) and runner.scaler.get_scale() == 2.0**29
+    runner.train(batches(4), epochs=25)
+    assert not same_weights(model, before) and runner.scaler.get_scale() < 2.0**29
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="fp8"):
+        still_runner(precision="fp8")
+
+
 @pytest.fixture(scope="module", params=["muon", "adamw"])
 def uninterrupted(request, digits):
     """The optimiser's name and a runner that has trained for 3 epochs of 4 steps."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 from unittest import mock
 
 import pytest
@@ -236,8 +237,10 @@ CHANGES_THE_WEIGHTS = {
     "label_smoothing": "0.3",
     "grad_clip": "0.01",
     "seed": "1",
+    "precision": "bf16",
 }
 TESTED_ELSEWHERE = {
+    "preset",
     "dataset",
     "data_dir",
     "model",
@@ -333,6 +336,29 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
         after = text[text.index(f" {flag}") :]
         assert f"(default: {default})" == re.search(r"\(default: [^)]*\)", after).group(0), name
         assert len(after[: after.index("(default")]) > len(flag) + 15, f"{name} is not explained"
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
+    changed = train.PRESETS[name]
+    config = cli.parse(train.Config, [f"--preset={name}", "--num-heads", "2"], train.PRESETS)
+    for field, default in FIELDS.items():
+        expected = {"preset": name, "num_heads": 2}.get(field, changed.get(field, default))
+        assert getattr(config, field) == expected
+    train.check(config)
+
+
+def test_presets_name_fields_and_are_all_offered():
+    assert get_args(get_type_hints(train.Config)["preset"]) == tuple(train.PRESETS)
+    assert all(changed.keys() <= FIELDS.keys() for changed in train.PRESETS.values())
+
+
+@pytest.mark.parametrize("args", [["--preset", "huge"], ["--preset"]])
+def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(train.Config, args, train.PRESETS)
+    complaint = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint.count("\n") == 1 and "preset" in complaint
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
