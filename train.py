@@ -60,9 +60,9 @@ class Config:
     epochs: int = 20  # passes over the training images
     batch_size: int = 128  # images in a step
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for the rest
-    lr: float = 6e-3  # peak learning rate, after warm-up
+    lr: float = 8e-3  # peak learning rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises; then it falls to 0 along a cosine
-    weight_decay: float = 0.05  # on matrices; norms, biases, CLS token and positions are left alone
+    weight_decay: float = 0.1  # on matrices; norms, biases, CLS token and positions are left alone
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
     grad_clip: float = 0.0  # largest norm of all gradients together; 0 leaves them alone
     skip_nonfinite: bool = False  # step over batches whose loss or gradient is not finite, where else training stops
