@@ -54,6 +54,7 @@ class Config:
     mlp_ratio: float = 4.0  # width of a ViT block's hidden layer over hidden_size
     pooling: Literal["mean", "cls"] = "mean"  # what the ViT's head reads: the patches' mean, or a CLS token
     tokenizer: Literal["patch", "conv"] = "patch"  # one strided convolution, or a stack of 3x3 convolutions
+    tokenizer_depth: int = 1  # convolutions in each stage (each halving of the image) of the conv tokenizer
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
     # optimisation
@@ -251,6 +252,7 @@ def build_model(config: Config, data: Dataset) -> Module:
         mlp_ratio=config.mlp_ratio,
         pooling=config.pooling,
         tokenizer=config.tokenizer,
+        tokenizer_depth=config.tokenizer_depth,
         drop_path=config.drop_path,
     )
 

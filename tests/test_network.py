@@ -34,6 +34,7 @@ UNUSUAL = {
         "hidden_size": 24,
         "in_channels": 1,
         "tokenizer": "conv",
+        "tokenizer_depth": 2,
         "cls_token": False,
     },
     MultiHeadAttention: {"hidden_size": 24, "num_heads": 3},
@@ -49,6 +50,7 @@ UNUSUAL = {
         "mlp_ratio": 1.5,
         "pooling": "mean",
         "tokenizer": "conv",
+        "tokenizer_depth": 2,
         "drop_path": 0.25,
     },
 }
@@ -201,6 +203,24 @@ def test_patch_size_6_sees_the_first_30_pixels(images):
 def test_convolutional_tokenizer_has_the_same_grid(images, patch):
     tokens = PatchEmbedding(32, patch, 24, tokenizer="conv")(images)
     assert tokens.shape == PatchEmbedding(32, patch, 24)(images).shape == (3, (32 // patch) ** 2 + 1, 24)
+
+
+def test_convolutional_tokenizer_is_convolution_pooling_batch_norm_relu_and_again(images):
+    embedding = randomize(PatchEmbedding(32, 4, 24, tokenizer="conv", tokenizer_depth=2, cls_token=False)).train()
+    x = images
+    for stage, width in enumerate((12, 24)):
+        for convolution in range(2):
+            layer = 7 * stage + (0 if convolution == 0 else 4)
+            x = F.conv2d(x, embedding.project[layer].weight, padding=1)
+            assert x.shape[1] == width
+            if convolution == 0:
+                x = F.max_pool2d(x, 2)
+            norm = embedding.project[layer + (2 if convolution == 0 else 1)]
+            mean, variance = x.mean(dim=(0, 2, 3), keepdim=True), x.var(dim=(0, 2, 3), unbiased=False, keepdim=True)
+            x = (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+            x = x.relu()
+    by_hand = x.flatten(2).transpose(1, 2) + embedding.position
+    torch.testing.assert_close(embedding(images), by_hand, rtol=1e-4, atol=1e-4)
 
 
 def test_order_of_patches_matters_to_the_vit(images):
@@ -360,6 +380,7 @@ def test_drop_path_grows_linearly_over_the_blocks():
         (VisionTransformer, {"tokenizer": "linear"}),
         (PatchEmbedding, {"tokenizer": "conv", "patch_size": 6}),
         (PatchEmbedding, {"tokenizer": "conv", "patch_size": 1}),
+        (PatchEmbedding, {"tokenizer": "conv", "tokenizer_depth": 0}),
         (PatchEmbedding, {"tokenizer": "conv", "patch_size": 8, "hidden_size": 6}),
         (PatchEmbedding, {"patch_size": 64}),
         (MultiHeadAttention, {"num_heads": 3}),

@@ -241,6 +241,7 @@ CHANGES_THE_WEIGHTS = {
 }
 TESTED_ELSEWHERE = {
     "preset",
+    "tokenizer_depth",
     "dataset",
     "data_dir",
     "model",
@@ -270,6 +271,11 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     assert model.config.get(name, parsed) == parsed
     (report,) = (tmp_path / "saved").glob("*.json")
     assert json.loads(report.read_text())["config"][name] == parsed
+
+
+def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
+    model = quick(tmp_path, *"--tokenizer conv --tokenizer_depth 2".split())
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 6  # three halvings to patches of 8
 
 
 @pytest.mark.parametrize(
