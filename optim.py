@@ -4,24 +4,35 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from network import Module, TransformerBlock
 
+# The peak learning rate and the weight decay of each optimiser where none is given. Adam and SGD add the decay to the
+# gradient, where AdamW and Muon take it off the weights, so that one value cannot serve all.
+DEFAULTS = {"muon": (8e-3, 0.1), "adamw": (2e-3, 0.05), "adam": (2e-3, 0.0), "sgd": (0.1, 5e-4)}
 
-def build_optimizer(model: Module, name: str = "muon", lr: float = 6e-3, weight_decay: float = 0.05) -> Optimizer:
-    """The optimiser for `model`: "adamw" (Loshchilov & Hutter 2019) or "muon" (Jordan et al. 2024).
 
-    "muon" orthogonalises the updates of the transformer blocks' matrices and leaves everything else to AdamW; a model
-    without blocks gets AdamW alone. Norms, biases, the CLS token and positions are not decayed.
+def build_optimizer(
+    model: Module, name: str = "muon", lr: float | None = None, weight_decay: float | None = None
+) -> Optimizer:
+    """The optimiser for `model`, with the learning rate and weight decay given or those in DEFAULTS.
+
+    "adam" (Kingma & Ba 2015), "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov momentum 0.9 (Sutskever et al.
+    2013), or "muon" (Jordan et al. 2024), which orthogonalises the updates of the transformer blocks' matrices and
+    leaves everything else to AdamW; a model without blocks gets AdamW alone. With none of them are norms, biases, the
+    CLS token and positions decayed.
     """
+    if name not in DEFAULTS:
+        raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(DEFAULTS)}")
+    lr, weight_decay = (
+        default if given is None else given for given, default in zip((lr, weight_decay), DEFAULTS[name], strict=True)
+    )
     matrices = []
     if name == "muon":
         blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
         matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    elif name != "adamw":
-        raise ValueError(f"unknown optimizer {name!r}: choose muon or adamw")
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     # matrices and convolutions have two and four axes; norms, biases, CLS token and positions have one or three
@@ -29,7 +40,12 @@ def build_optimizer(model: Module, name: str = "muon", lr: float = 6e-3, weight_
         {"params": [p for p in rest if p.ndim in (2, 4)], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim not in (2, 4)], "weight_decay": 0.0},
     ]
-    adamw = AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if name == "sgd":
+        return SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    if name == "adam":
+        return Adam(groups, lr=lr, fused=True)
+    adamw = AdamW(groups, lr=lr, fused=True)
     return MuonAndAdamW(matrices, adamw, lr, weight_decay) if matrices else adamw
 
 
@@ -64,13 +80,55 @@ class MuonAndAdamW(Optimizer):
         self._share_groups()
 
 
-def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LambdaLR:
-    """Linear warm-up over the fraction `warmup` of all `steps`, then half a cosine down to zero; one call a step."""
+SCHEDULES = ("cosine", "constant", "linear", "step", "one_cycle")
+
+
+def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: str = "cosine") -> LambdaLR:
+    """The learning rate over `steps` steps, as a factor on its peak; one call a step.
+
+    It rises linearly over the fraction `warmup` of all steps, and then
+    - "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017),
+    - "linear": falls to zero along a line,
+    - "step": is cut to a tenth at half and at three quarters of all steps (He et al. 2016),
+    - "constant": stays.
+    "one_cycle" (Smith & Topin 2019) rises from a 25th and then falls to nearly zero, both along half a cosine; the
+    momentum is left alone.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
     warmup_steps = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
+        if name == "one_cycle":
+            peak = warmup_steps - 1
+            if step < peak:
+                return half_cosine(1 / 25, 1, step / peak)
+            return half_cosine(1, 1 / 25e4, min(1, (step - peak) / max(1, steps - 1 - peak)))
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        if name == "cosine":
+            return half_cosine(1, 0, progress)
+        if name == "linear":
+            return max(0.0, 1 - progress)
+        if name == "step":
+            return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+        return 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+def half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rates_and_decays(optimizer: Optimizer) -> list[tuple[float, float]]:
+    """Peak learning rate and weight decay of each group; the optimiser has a schedule."""
+    return [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def set_rates_and_decays(optimizer: Optimizer, schedule: LambdaLR, wanted: list[tuple[float, float]]) -> None:
+    """Put other peak learning rates and weight decays in force, from the step on that the schedule has come to."""
+    schedule.base_lrs = [lr for lr, _ in wanted]
+    for group, factor, (lr, decay) in zip(optimizer.param_groups, schedule.lr_lambdas, wanted, strict=True):
+        group.update(initial_lr=lr, lr=lr * factor(schedule.last_epoch), weight_decay=decay)

@@ -27,7 +27,7 @@ import cli
 import utils
 from files import CheckpointError, read_file, write_bytes, write_file
 from network import CNN, FeedForward, Module, VisionTransformer
-from optim import build_optimizer, build_schedule
+from optim import DEFAULTS, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
 from runner import NonFiniteLoss, Runner, choose_device
 from setup_cifar import Dataset, load_data
 
@@ -60,10 +60,11 @@ class Config:
     # optimisation
     epochs: int = 20  # passes over the training images
     batch_size: int = 128  # images in a step
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for the rest
-    lr: float = 8e-3  # peak learning rate, after warm-up
-    warmup: float = 0.1  # part of all steps in which the learning rate rises; then it falls to 0 along a cosine
-    weight_decay: float = 0.1  # on matrices; norms, biases, CLS token and positions are left alone
+    optimizer: Literal["muon", "adamw", "adam", "sgd"] = "muon"  # muon: hidden matrices and filters, AdamW: the rest
+    lr: float | None = None  # peak learning rate, after warm-up; default: the optimiser's, 8e-3 for muon (see optim.py)
+    schedule: Literal["cosine", "constant", "linear", "step", "one_cycle"] = "cosine"  # of the rate, after warm-up
+    warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
+    weight_decay: float | None = None  # on matrices alone; default: the optimiser's, 0.1 for muon (see optim.py)
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
     grad_clip: float = 0.0  # largest norm of all gradients together; 0 leaves them alone
     skip_nonfinite: bool = False  # step over batches whose loss or gradient is not finite, where else training stops
@@ -124,6 +125,7 @@ class Files:
 def main() -> None:
     config = cli.parse(Config, presets=PRESETS)
     with cli.one_line_errors():
+        use_defaults(config)
         check(config)
         device = choose_device(config.device)
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed)
@@ -146,7 +148,7 @@ def main() -> None:
             optimizer,
             torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
             device,
-            scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup),
+            scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup, config.schedule),
             eval_criterion=torch.nn.CrossEntropyLoss(),
             log_every=min(50, len(train_loader)),
             grad_clip=config.grad_clip or None,
@@ -208,6 +210,13 @@ def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, t
     shutil.rmtree(files.frames, ignore_errors=True)  # only now: a run that is killed before this needs them again
     print("wrote " + ", ".join(str(path) for path in written))
     print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({data.name}, {len(data.test):,} images)")
+
+
+def use_defaults(config: Config) -> None:
+    """Fill in what depends on other hyperparameters, so that report and checkpoint say what was used."""
+    lr, weight_decay = DEFAULTS[config.optimizer]
+    config.lr = lr if config.lr is None else config.lr
+    config.weight_decay = weight_decay if config.weight_decay is None else config.weight_decay
 
 
 def check(config: Config) -> None:
@@ -304,17 +313,16 @@ def resume(runner: Runner, config: Config, files: Files) -> None:
     if checkpoint["results"] is not None and not changed:
         print(f"this run has finished: test accuracy {checkpoint['results']['test_accuracy']:.2%}, {files.model}")
         raise SystemExit(0)
-    wanted = [(group["initial_lr"], group["weight_decay"]) for group in runner.optimizer.param_groups]
+    if checkpoint["config"].get("optimizer") != config.optimizer:
+        raise CheckpointError(f"{files.checkpoint} does not fit: it holds the state of another optimizer")
+    wanted = rates_and_decays(runner.optimizer)
     try:
         runner.load_state_dict(checkpoint["runner"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{files.checkpoint} does not fit this model: {reason}") from None
     if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold
-        schedule = runner.scheduler
-        schedule.base_lrs = [lr for lr, _ in wanted]
-        for group, factor, (lr, decay) in zip(runner.optimizer.param_groups, schedule.lr_lambdas, wanted, strict=True):
-            group.update(initial_lr=lr, lr=lr * factor(schedule.last_epoch), weight_decay=decay)
+        set_rates_and_decays(runner.optimizer, runner.scheduler, wanted)
     print(f"resuming after epoch {runner.epoch}, step {runner.step}")
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from files import read_file, write_file
 from network import CNN, FeedForward, VisionTransformer
-from optim import MuonAndAdamW, build_optimizer, build_schedule
+from optim import DEFAULTS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
 from runner import NonFiniteLoss, Runner, choose_device
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
@@ -405,14 +406,16 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name):
 # -------------------------------------------------------------------------------------------------------- schedule
 
 
-def rates(steps, warmup):
+def rates(steps, warmup, name="cosine", scheduler=None):
+    """The learning rate of each step, by our schedule of that name or by torch's `scheduler`; its peak is 2."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = build_schedule(optimizer, steps, warmup)
+    schedule = scheduler(optimizer) if scheduler else build_schedule(optimizer, steps, warmup, name)
     rates = []
-    for _ in range(steps + 1):
+    for _ in range(steps + (scheduler is None)):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        schedule.step()
+        if len(rates) < steps + (scheduler is None):
+            schedule.step()
     return rates
 
 
@@ -426,9 +429,36 @@ def test_schedule_warms_up_and_then_falls_to_zero_along_a_cosine():
     assert lr[99] > 0
 
 
+@pytest.mark.parametrize(
+    "name, warmup, scheduler",
+    [
+        ("constant", 0.0, lambda o: lr_scheduler.ConstantLR(o, factor=1)),
+        ("linear", 0.0, lambda o: delayed(o, lr_scheduler.LinearLR(o, 1, 0, total_iters=99))),
+        ("cosine", 0.0, lambda o: delayed(o, lr_scheduler.CosineAnnealingLR(o, 99))),
+        ("step", 0.0, lambda o: lr_scheduler.MultiStepLR(o, [50, 75])),
+        ("one_cycle", 0.3, lambda o: lr_scheduler.OneCycleLR(o, 2.0, 100, cycle_momentum=False)),
+        ("one_cycle", 0.1, lambda o: lr_scheduler.OneCycleLR(o, 2.0, 100, pct_start=0.1, cycle_momentum=False)),
+    ],
+)
+def test_schedules_are_those_of_torch(name, warmup, scheduler):
+    assert rates(100, warmup, name)[:100] == pytest.approx(rates(100, None, scheduler=scheduler))
+
+
+def delayed(optimizer, schedule):
+    """One step at the peak, which is the warm-up, and then `schedule`."""
+    constant = lr_scheduler.ConstantLR(optimizer, factor=1)
+    return lr_scheduler.SequentialLR(optimizer, [constant, schedule], milestones=[1])
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant", "linear", "step"])
+def test_schedules_warm_up(name):
+    assert rates(100, 0.1, name)[:11] == pytest.approx([*(0.2 * (step + 1) for step in range(10)), 2.0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps, warmup", [(1, 0.1), (3, 0.0), (2, 0.99), (7, 0.5)])
-def test_schedule_of_short_trainings(steps, warmup):
-    lr = rates(steps, warmup)[:steps]
+def test_schedule_of_short_trainings(name, steps, warmup):
+    lr = rates(steps, warmup, name)[:steps]
     assert all(0 < rate <= 2.0 for rate in lr)
     assert max(lr) == 2.0
 
@@ -457,7 +487,7 @@ def matrices_of(model):
     }
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize("tokenizer", ["patch", "conv"])
 def test_norms_biases_cls_token_and_positions_are_not_decayed(name, tokenizer):
     model = VisionTransformer(num_blocks=2, tokenizer=tokenizer)
@@ -473,7 +503,7 @@ def test_norms_biases_cls_token_and_positions_are_not_decayed(name, tokenizer):
 
 def test_every_parameter_is_in_one_group():
     for model in (VisionTransformer(), CNN(), FeedForward()):
-        for name in ("muon", "adamw"):
+        for name in DEFAULTS:
             params = [id(p) for group in build_optimizer(model, name).param_groups for p in group["params"]]
             assert sorted(params) == sorted(id(p) for p in model.parameters())
 
@@ -494,8 +524,33 @@ def test_models_without_blocks_get_adamw_alone():
 
 
 def test_unknown_optimizers_are_refused():
-    with pytest.raises(ValueError, match="sgd.*muon or adamw"):
-        build_optimizer(CNN(), "sgd")
+    with pytest.raises(ValueError, match="lion.*muon, adamw, adam, sgd"):
+        build_optimizer(CNN(), "lion")
+    with pytest.raises(ValueError, match="stairs.*cosine.*one_cycle"):
+        build_schedule(build_optimizer(CNN()), 10, name="stairs")
+
+
+def test_sgd_and_adam_are_those_of_torch_with_the_decay_added_to_the_gradient():
+    torch.manual_seed(0)
+    weight, grad, lr, decay = torch.randn(8, 8), torch.randn(8, 8), 0.1, 0.01
+    for name in ("sgd", "adam"):
+        model = FeedForward(8, 8, 8)
+        model.hidden.weight.data.copy_(weight)
+        optimizer = build_optimizer(model, name, lr, decay)
+        for _ in range(3):
+            model.hidden.weight.grad = grad.clone()
+            optimizer.step()
+        expected, velocity, square = weight.clone(), torch.zeros(8, 8), torch.zeros(8, 8)
+        for step in range(1, 4):
+            change = grad + decay * expected
+            if name == "sgd":  # Nesterov: one look ahead along the velocity
+                velocity = 0.9 * velocity + change
+                expected -= lr * (change + 0.9 * velocity)
+            else:
+                velocity = 0.9 * velocity + 0.1 * change
+                square = 0.999 * square + 0.001 * change**2
+                expected -= lr * velocity / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(model.hidden.weight.data, expected)
 
 
 def test_muon_and_adamw_together_step_as_each_of_them_alone():

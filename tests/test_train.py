@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import cli
+import optim
 import setup_cifar
 import train
 from files import read_file
@@ -232,6 +233,7 @@ CHANGES_THE_WEIGHTS = {
     "batch_size": "150",
     "optimizer": "adamw",
     "lr": "0.001",
+    "schedule": "linear",
     "warmup": "0.5",
     "weight_decay": "0.5",
     "label_smoothing": "0.3",
@@ -257,6 +259,11 @@ TESTED_ELSEWHERE = {
 }
 
 
+def typed(name, value):
+    """The flag's text as the field holds it; what has no default is a number."""
+    return float(value) if FIELDS[name] is None else type(FIELDS[name])(value)
+
+
 def test_every_flag_is_tested():
     assert CHANGES_THE_WEIGHTS.keys() | TESTED_ELSEWHERE == FIELDS.keys()
 
@@ -267,7 +274,7 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     args = [f"--no-{name}"] if value is None else [f"--{name}", value]
     model = quick(tmp_path, *args)
     assert not same_weights(model, plain)
-    parsed = FIELDS[name].__class__(value) if value is not None else False
+    parsed = typed(name, value) if value is not None else False
     assert model.config.get(name, parsed) == parsed
     (report,) = (tmp_path / "saved").glob("*.json")
     assert json.loads(report.read_text())["config"][name] == parsed
@@ -276,6 +283,14 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
 def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
     model = quick(tmp_path, *"--tokenizer conv --tokenizer_depth 2".split())
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 6  # three halvings to patches of 8
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam", "sgd"])
+def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_says_so(tmp_path, plain, name):
+    model = quick(tmp_path, "--optimizer", name)
+    config = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]
+    assert (config["lr"], config["weight_decay"]) == optim.DEFAULTS[name]
+    assert same_weights(model, plain) == (name == "muon")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +343,7 @@ def test_flags_may_have_dashes_or_underscores():
         if value is not None:
             with_dashes = cli.parse(train.Config, [f"--{name.replace('_', '-')}", value])
             assert with_dashes == cli.parse(train.Config, [f"--{name}", value])
-            assert getattr(with_dashes, name) == FIELDS[name].__class__(value)
+            assert getattr(with_dashes, name) == typed(name, value)
 
 
 def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
@@ -375,7 +390,8 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
     [
         ("--model resnet", "model vit cnn mlp"),
         ("--dataset mnist", "dataset auto cifar10 digits"),
-        ("--optimizer sgd", "optimizer muon adamw"),
+        ("--optimizer lion", "optimizer muon adamw adam sgd"),
+        ("--schedule stairs", "schedule cosine constant linear step one_cycle"),
         ("--pooling max", "pooling mean cls"),
         ("--no_such_flag 3", "flag"),
         ("--epochs two", "epochs two"),
@@ -573,8 +589,10 @@ def test_resume_with_other_hyperparameters_is_refused_by_name(interrupted, tmp_p
     args = resume(interrupted, tmp_path, monkeypatch)
     with refused(capfd, tmp_path, "lr", "0.5", "--resume_changed"):
         run_main(*args, "--lr", "0.5")
+    with refused(capfd, tmp_path, "does not fit", "optimizer"):  # its state is another's, even where it would load
+        run_main(*args, "--optimizer", "adamw", "--resume_changed")
     with mock.patch.object(train, "draw_pictures", return_value=[]):
-        run_main(*args, "--weight_decay", "0.5", "--resume_changed")
+        run_main(*args, *"--weight_decay 0.5 --schedule linear --resume_changed".split())
     assert (tmp_path / "out" / "saved" / f"{MODEL}.pt").exists()
 
 
