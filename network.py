@@ -112,7 +112,7 @@ class PatchEmbedding(Module):
             patch on the right and at the bottom are dropped, as a strided convolution does: 6 on 32 gives 5x5 patches
             which see the first 30 pixels.
         tokenizer: "patch" is one convolution with kernel and stride `patch_size` (Dosovitskiy et al. 2021); "conv" is
-            stages of 3x3 convolutions, each with BatchNorm and ReLU, that halve the image by 2x2 max pooling until it has
+            stages of 3x3 convolutions, each with BatchNorm and ReLU, that halve the image by 2x2 max pooling, down to
             the same grid (Xiao et al. 2021, Hassani et al. 2021), for patch sizes 2, 4, 8, ...
         tokenizer_depth: convolutions in each stage of the "conv" tokenizer.
         cls_token: whether a learnable CLS token is put before the patches.
@@ -157,7 +157,7 @@ class PatchEmbedding(Module):
 
 
 def _convolutional_tokenizer(in_channels: int, hidden_size: int, patch_size: int, depth: int) -> nn.Sequential:
-    """Stages of `depth` convolutions, one stage for each halving; channels double from stage to stage to `hidden_size`."""
+    """A stage of `depth` convolutions for each halving; channels double from stage to stage, up to `hidden_size`."""
     stages = patch_size.bit_length() - 1
     if patch_size < 2 or 2**stages != patch_size or hidden_size % 2 ** (stages - 1):
         raise ValueError(

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from network import Module, TransformerBlock
+from network import Module
 
 # The peak learning rate and the weight decay of each optimiser where none is given. Adam and SGD add the decay to the
 # gradient, where AdamW and Muon take it off the weights, so that one value cannot serve all.
@@ -20,25 +20,22 @@ def build_optimizer(
     """The optimiser for `model`, with the learning rate and weight decay given or those in DEFAULTS.
 
     "adam" (Kingma & Ba 2015), "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov momentum 0.9 (Sutskever et al.
-    2013), or "muon" (Jordan et al. 2024), which orthogonalises the updates of the transformer blocks' matrices and
-    leaves everything else to AdamW; a model without blocks gets AdamW alone. With none of them are norms, biases, the
-    CLS token and positions decayed.
+    2013), or "muon" (Jordan et al. 2024), which orthogonalises the updates of the matrices and filters between the
+    first layer and the last, and leaves everything else to AdamW. With none of them are norms, biases, the CLS token
+    and positions decayed.
     """
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(DEFAULTS)}")
     lr, weight_decay = (
         default if given is None else given for given, default in zip((lr, weight_decay), DEFAULTS[name], strict=True)
     )
-    matrices = []
-    if name == "muon":
-        blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
-        matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
     # matrices and convolutions have two and four axes; norms, biases, CLS token and positions have one or three
+    weights = [p for p in model.parameters() if p.ndim in (2, 4)]
+    hidden = weights[1:-1] if name == "muon" else []
+    taken = {id(p) for p in hidden}
     groups = [
-        {"params": [p for p in rest if p.ndim in (2, 4)], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim not in (2, 4)], "weight_decay": 0.0},
+        {"params": [p for p in weights if id(p) not in taken], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim not in (2, 4)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":
@@ -46,38 +43,48 @@ def build_optimizer(
     if name == "adam":
         return Adam(groups, lr=lr, fused=True)
     adamw = AdamW(groups, lr=lr, fused=True)
-    return MuonAndAdamW(matrices, adamw, lr, weight_decay) if matrices else adamw
+    return MuonAndAdamW(hidden, adamw, lr, weight_decay) if hidden else adamw
 
 
 class MuonAndAdamW(Optimizer):
-    """torch's Muon for `matrices` and an AdamW for the rest, seen from outside as one optimiser.
+    """torch's Muon for `weights` and an AdamW for the rest, seen from outside as one optimiser.
 
-    Muon's updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025), so one learning rate serves
-    both.
+    torch's Muon takes matrices alone: a convolution's filters `(out, in, height, width)` are given to it as the matrix
+    `(out, in * height * width)`. Its updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025), so
+    one learning rate serves both.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, lr: float, weight_decay: float):
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = [muon, adamw]
-        super().__init__(muon.param_groups + adamw.param_groups, {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """The parts and the whole hold the same group dicts, so that a schedule that sets `lr` here sets it there."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+    def __init__(self, weights: list[nn.Parameter], adamw: AdamW, lr: float, weight_decay: float):
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in weights]
+        self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = adamw
+        super().__init__([{**self.muon.param_groups[0], "params": weights}, *adamw.param_groups], {})
+        self.param_groups[1:] = adamw.param_groups  # the same dicts: a schedule that sets `lr` here sets it there
 
     @torch.no_grad()
     def step(self, closure=None):
-        for part in self.parts:
-            part.step()
+        self._give_to_muon()
+        self.muon.step()
+        for weight, matrix in zip(self.param_groups[0]["params"], self.matrices, strict=True):
+            weight.copy_(matrix.view_as(weight))
+        self.adamw.step()
+
+    def _give_to_muon(self) -> None:
+        self.muon.param_groups[0].update({**self.param_groups[0], "params": self.matrices})
+        for weight, matrix in zip(self.param_groups[0]["params"], self.matrices, strict=True):
+            matrix.data = weight.detach().flatten(1)
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
 
     def state_dict(self) -> dict:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        self._give_to_muon()
+        return {"parts": [self.muon.state_dict(), self.adamw.state_dict()]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+        self._give_to_muon()  # to have its matrices on the weights' device
+        for part, state in zip((self.muon, self.adamw), state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share_groups()
+        self.param_groups[0].update({**self.muon.param_groups[0], "params": self.param_groups[0]["params"]})
+        self.param_groups[1:] = self.adamw.param_groups
 
 
 SCHEDULES = ("cosine", "constant", "linear", "step", "one_cycle")

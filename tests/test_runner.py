@@ -508,18 +508,18 @@ def test_every_parameter_is_in_one_group():
             assert sorted(params) == sorted(id(p) for p in model.parameters())
 
 
-def test_muon_takes_exactly_the_matrices_of_the_blocks():
-    model = VisionTransformer(num_blocks=2)
-    optimizer = build_optimizer(model, "muon")
-    muon, adamw = optimizer.parts
-    assert isinstance(muon, torch.optim.Muon)
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert set().union(*(names_in(model, group) for group in muon.param_groups)) == matrices_of(model)
-
-
-def test_models_without_blocks_get_adamw_alone():
-    for name in ("muon", "adamw"):
-        assert type(build_optimizer(CNN(), name)) is torch.optim.AdamW
+def test_muon_takes_what_lies_between_the_first_layer_and_the_last():
+    patches, convolutions = (VisionTransformer(num_blocks=2, tokenizer=t, tokenizer_depth=2) for t in ("patch", "conv"))
+    for model, expected in (
+        (patches, matrices_of(patches)),
+        (convolutions, matrices_of(convolutions) | {f"embedding.project.{layer}.weight" for layer in (4, 7, 11)}),
+        (CNN(), {"conv2.weight"}),
+    ):
+        optimizer = build_optimizer(model, "muon")
+        assert isinstance(optimizer.muon, torch.optim.Muon) and isinstance(optimizer.adamw, torch.optim.AdamW)
+        assert names_in(model, optimizer.param_groups[0]) == expected
+        assert all(p.ndim == 2 for p in optimizer.muon.param_groups[0]["params"])
+    assert type(build_optimizer(FeedForward(), "muon")) is torch.optim.AdamW  # nothing lies between its two layers
     assert type(build_optimizer(VisionTransformer(), "adamw")) is torch.optim.AdamW
 
 
@@ -553,30 +553,36 @@ def test_sgd_and_adam_are_those_of_torch_with_the_decay_added_to_the_gradient():
         torch.testing.assert_close(model.hidden.weight.data, expected)
 
 
-def test_muon_and_adamw_together_step_as_each_of_them_alone():
+@pytest.mark.parametrize("tokenizer", ["patch", "conv"])
+def test_muon_and_adamw_together_step_as_each_of_them_alone(tokenizer):
     torch.manual_seed(0)
-    model = VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=8)
+    model = VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=4, tokenizer=tokenizer)
     alone = copy.deepcopy(model)
     together = build_optimizer(model, "muon", lr=0.01, weight_decay=0.1)
     assert isinstance(together, MuonAndAdamW)
     named = dict(alone.named_parameters())
-    matrices = [p for name, p in named.items() if name in matrices_of(alone)]
-    rest = {name: p for name, p in named.items() if name not in matrices_of(alone)}
-    decayed = ("embedding.project.weight", "head.weight")
+    hidden = matrices_of(alone) | ({"embedding.project.4.weight"} if tokenizer == "conv" else set())
+    first = "embedding.project.0.weight" if tokenizer == "conv" else "embedding.project.weight"
+    matrices = {name: nn.Parameter(named[name].detach().reshape(len(named[name]), -1).clone()) for name in hidden}
+    rest = {name: p for name, p in named.items() if name not in hidden}
     separate = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([p for name, p in rest.items() if name in decayed], lr=0.01, weight_decay=0.1),
-        torch.optim.AdamW([p for name, p in rest.items() if name not in decayed], lr=0.01, weight_decay=0.0),
+        torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([rest.pop(name) for name in (first, "head.weight")], lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(rest.values(), lr=0.01, weight_decay=0.0),
     ]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-            ours.grad = torch.randn(ours.shape, generator=generator)
-            theirs.grad = ours.grad.clone()
+        for name, ours in model.named_parameters():
+            ours.grad = torch.empty_like(ours).copy_(
+                torch.randn(ours.shape, generator=generator)
+            )  # laid out as autograd's
+            theirs = matrices.get(name, named[name])
+            theirs.grad = ours.grad.clone().reshape(theirs.shape)
         for optimizer in (together, *separate):
             optimizer.step()
-    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    for name, ours in model.named_parameters():
+        expected = matrices.get(name, named[name])
+        torch.testing.assert_close(ours, expected.reshape(ours.shape), rtol=1e-5, atol=1e-7)
 
 
 def test_zero_grad_clears_every_gradient():
@@ -594,7 +600,7 @@ def test_a_rate_set_from_outside_reaches_both_parts_also_after_loading():
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each in (optimizer, fresh):
         schedule = build_schedule(each, 10, 0.5)
-        assert {g["lr"] for part in each.parts for g in part.param_groups} == {0.2}
-        each.step()
-        schedule.step()
-        assert {g["lr"] for part in each.parts for g in part.param_groups} == {0.4}
+        for rate in (0.2, 0.4):
+            each.step()
+            assert {g["lr"] for part in (each.muon, each.adamw) for g in part.param_groups} == {rate}
+            schedule.step()
