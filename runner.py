@@ -69,6 +69,9 @@ class Runner:
 
     `callbacks` holds lists of functions of the runner, called at "train_start", "step_end" and "epoch_end" (after
     validation). A callback that sets `runner.stop = True` ends training after the current step.
+
+    `eval_model` is what `test` and `plot` use: `model`, unless something puts another in its place (an average of the
+    weights, say). `stateful` names objects with a `state_dict` that belongs to the runner's.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Runner:
         if precision not in DTYPES:
             raise ValueError(f"unknown precision {precision!r}: choose {', '.join(DTYPES)}")
         self.device = choose_device("auto") if device is None else torch.device(device)
-        self.model = model.to(self.device)
+        self.model = self.eval_model = model.to(self.device)
         self.optimizer = optimizer
         self.criterion = criterion
         self.eval_criterion = eval_criterion or criterion
@@ -98,6 +101,7 @@ class Runner:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.callbacks = {"train_start": [], "step_end": [], "epoch_end": []}
+        self.stateful = {}
         self.metrics = {
             f"{split}_{quantity}": [] for split in ("train", "val") for quantity in ("loss", "accuracy", "step")
         }
@@ -184,7 +188,7 @@ class Runner:
         return itertools.islice(loader, self.batch, None)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> None:
-        logits = self._logits(images)
+        logits = self._logits(self.model, images)
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -204,9 +208,9 @@ class Runner:
         self.step += 1
         self.batch += 1
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+    def _logits(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            return self.model(images).float()
+            return model(images).float()
 
     def _is_finite(self, loss: torch.Tensor, norm: torch.Tensor, read: bool) -> bool:
         """Whether loss and gradients are finite, as far as is known: where reading makes an accelerator wait, they are
@@ -258,6 +262,7 @@ class Runner:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
             "metrics": self.metrics,
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "epoch_totals": vars(self.epoch_totals),
@@ -280,6 +285,8 @@ class Runner:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        for name in self.stateful.keys() & state["stateful"].keys():  # what was not there before begins now
+            self.stateful[name].load_state_dict(state["stateful"][name])
         self.metrics = state["metrics"]
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
@@ -296,15 +303,15 @@ class Runner:
     def test(self, loader: Iterable, description: str = "testing") -> tuple[float, float]:
         """Loss and accuracy (a fraction), averaged over the images of `loader`; the model's mode is left as it was."""
         totals = Totals(self.device)
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.eval_model.training
+        self.eval_model.eval()
         with _progress_bar(loader, description) as bar:
             for images, labels in loader:
                 images, labels = images.to(self.device), labels.to(self.device)
-                logits = self._logits(images)
+                logits = self._logits(self.eval_model, images)
                 totals.add(self.eval_criterion(logits, labels), logits, labels)
                 bar.update(len(labels))
-        self.model.train(was_training)
+        self.eval_model.train(was_training)
         if not totals.images:
             raise ValueError("the loader has no images")
         return totals.loss, totals.accuracy
@@ -313,10 +320,10 @@ class Runner:
     def plot(self, val_loader: Iterable, save_path: str | Path | None = None, classes=None, title: str = ""):
         """The metrics so far, and the first images of `val_loader` with their top-3 predictions; returns the figure."""
         images, labels = next(iter(val_loader))
-        was_training = self.model.training
-        self.model.eval()
-        probabilities = self.model(images[:6].to(self.device)).softmax(dim=1).cpu()
-        self.model.train(was_training)
+        was_training = self.eval_model.training
+        self.eval_model.eval()
+        probabilities = self.eval_model(images[:6].to(self.device)).softmax(dim=1).cpu()
+        self.eval_model.train(was_training)
         if classes is None:
             classes = [str(label) for label in range(probabilities.shape[1])]
         mean, std = getattr(val_loader, "mean", None), getattr(val_loader, "std", None)

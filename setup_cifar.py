@@ -85,6 +85,11 @@ class Dataset:
     def image_size(self) -> int:
         return self.train.images.shape[-1]
 
+    @property
+    def metadata(self) -> dict:
+        """What a saved model needs to say about its data, so that it can be used."""
+        return {"dataset": self.name, "classes": self.classes, "mean": self.mean, "std": self.std}
+
     def loader(self, split: Literal["train", "val", "test"], batch_size: int, device="cpu", **options) -> "ImageLoader":
         """Batches of one split, normalised with the training split's mean and standard deviation."""
         options = {"flip": self.flip, **options}

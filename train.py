@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 import cli
 import utils
+from callbacks import EarlyStopping, WeightAverage
 from files import CheckpointError, read_file, write_bytes, write_file
 from network import CNN, FeedForward, Module, VisionTransformer
 from optim import DEFAULTS, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
@@ -66,6 +67,10 @@ class Config:
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     weight_decay: float | None = None  # on matrices alone; default: the optimiser's, 0.1 for muon (see optim.py)
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
+    ema: float = 0.0  # decay of a moving average of the weights, 0.999 say, validated and saved in their place; 0: none
+    patience: int = 0  # epochs without improvement after which to stop and use the best epoch's weights; 0: never
+    monitor: Literal["loss", "accuracy"] = "loss"  # of the validation images: what has to improve
+    min_improvement: float = 0.0  # the least that counts: of the loss in nats, of the accuracy as a fraction
     grad_clip: float = 0.0  # largest norm of all gradients together; 0 leaves them alone
     skip_nonfinite: bool = False  # step over batches whose loss or gradient is not finite, where else training stops
 
@@ -118,7 +123,9 @@ class Files:
         root = Path(config.output_dir)
         self.name = config.name or model + suffix
         self.saved, self.figures = root / "saved", root / "figures"
-        self.model = self.saved / f"{self.name}.pt"
+        self.model = self.saved / f"{self.name}.pt"  # the weights that the test figures belong to
+        self.best = self.saved / f"{self.name}.best.pt"  # with --patience: the best until now
+        self.last = self.saved / f"{self.name}.last.pt"  # and those that training ended with
         self.report = self.saved / f"{self.name}.json"
         self.checkpoint = self.saved / f"{self.name}.checkpoint"
         self.lock = self.saved / f"{self.name}.lock"
@@ -168,6 +175,12 @@ def main() -> None:
             skip_nonfinite=config.skip_nonfinite,
             precision=config.precision,
         )
+        if config.ema:
+            WeightAverage(runner, config.ema)
+        stopping = None
+        if config.patience:
+            stopping = EarlyStopping(runner, config.monitor, config.patience, config.min_improvement)
+            stopping.on_best = lambda runner: runner.eval_model.save(files.best, **data.metadata)
         if config.resume:
             resume(runner, config, files)
         files.prepare()
@@ -178,6 +191,8 @@ def main() -> None:
             raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
         if not config.resume:
             keep_interrupted_run(files)
+            for path in (files.best, files.last):  # of the run before, if any: this one may write none
+                path.unlink(missing_ok=True)
 
     title = f"{type(model).__name__} on {data.name}"
     parameters = sum(p.numel() for p in model.parameters())
@@ -193,24 +208,32 @@ def main() -> None:
             command = shlex.join([sys.executable, *sys.argv] + ([] if config.resume else ["--resume"]))
             print(f"\ninterrupted after step {runner.step}; to go on: {command}")
             raise SystemExit(128 + interrupted[0])
-        test_and_save(runner, data, config, files, title)
+        epoch = runner.epoch
+        if stopping and stopping.epoch:
+            epoch = stopping.epoch
+            print(f"of {runner.epoch} epochs, epoch {epoch} was best in validation {config.monitor}: testing that")
+            runner.eval_model.save(files.last, **data.metadata)
+            stopping.use_best(runner)
+        test_and_save(runner, data, config, files, title, epoch)
     except (NonFiniteLoss, OSError) as error:
         cli.fail(str(error), code=1)
 
 
-def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, title: str) -> None:
-    """Use the test set, once, at the end; write the model, its figures and the pictures."""
+def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, title: str, epoch: int) -> None:
+    """Use the test set, once, at the end; write the model, whose weights are `epoch`'s, its figures and pictures."""
     test_loss, test_accuracy = runner.test(data.loader("test", 500, runner.device))
     results = {
         "parameters": sum(p.numel() for p in runner.model.parameters()),
-        "val_accuracy": runner.metrics["val_accuracy"][-1],
-        "val_loss": runner.metrics["val_loss"][-1],
+        "epochs": runner.epoch,
+        "tested_epoch": epoch,
+        "val_accuracy": runner.metrics["val_accuracy"][epoch - 1],
+        "val_loss": runner.metrics["val_loss"][epoch - 1],
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "training_seconds": round(runner.seconds, 1),
         "skipped_steps": runner.skipped,
     }
-    runner.model.save(files.model, dataset=data.name, classes=data.classes, mean=data.mean, std=data.std)
+    runner.eval_model.save(files.model, **data.metadata)
     report = {
         "results": results,
         "config": dataclasses.asdict(config),
@@ -241,7 +264,7 @@ def check(config: Config) -> None:
     for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("weight_decay", "grad_clip", "gif_frames", "gif_frame_duration"):
+    for name in ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
     if not 0 <= config.seed < 2**32:
@@ -250,7 +273,7 @@ def check(config: Config) -> None:
         raise ValueError(
             f"gif_frame_duration {config.gif_frame_duration} is longer than a GIF can: 655350 milliseconds"
         )
-    for name in ("warmup", "label_smoothing", "drop_path"):
+    for name in ("warmup", "label_smoothing", "drop_path", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
     if config.name is not None and (not config.name or Path(config.name).name != config.name):
@@ -417,7 +440,7 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
         loader = data.loader("test", 4, runner.device)
         images, labels = next(iter(loader))
         with torch.no_grad():
-            output = runner.model.eval()(images, return_attention=True)
+            output = runner.eval_model.eval()(images, return_attention=True)
         utils.visualize_attention_maps(
             images.cpu(),
             output["attention_weights"].cpu(),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--dataset digits --batch_size 64 --num_blocks 2 --patch_size 8 --drop_path 0.2 --device cpu --gif_frames 6"
+FLAGS += " --ema 0.99 --patience 1000"
 NAME = "VisionTransformer_digits"
 
 

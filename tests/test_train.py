@@ -62,8 +62,8 @@ def quick(output_dir, *args):
     """One epoch without pictures; returns the trained model."""
     with mock.patch.object(train, "draw_pictures", return_value=[]):
         run_main(*SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), str(output_dir), *args)
-    (path,) = (output_dir / "saved").glob("*.pt")
-    return Module.load(path)
+    (report,) = (output_dir / "saved").glob("*.json")
+    return Module.load(report.with_suffix(".pt"))
 
 
 def same_weights(a, b):
@@ -237,6 +237,7 @@ CHANGES_THE_WEIGHTS = {
     "warmup": "0.5",
     "weight_decay": "0.5",
     "label_smoothing": "0.3",
+    "ema": "0.9",
     "grad_clip": "0.01",
     "seed": "1",
     "precision": "bf16",
@@ -252,6 +253,9 @@ TESTED_ELSEWHERE = {
     "output_dir",
     "gif_frames",
     "gif_frame_duration",
+    "patience",
+    "monitor",
+    "min_improvement",
     "skip_nonfinite",
     "resume",
     "resume_changed",
@@ -417,6 +421,10 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--weight_decay -1", "weight_decay"),
         ("--grad_clip -1", "grad_clip"),
         ("--warmup 1", "warmup"),
+        ("--ema 1", "ema"),
+        ("--patience -1", "patience"),
+        ("--min_improvement -0.1", "min_improvement"),
+        ("--monitor f1", "monitor loss accuracy"),
         ("--label_smoothing -0.1", "label_smoothing"),
         ("--drop_path 1", "drop_path"),
         ("--val_fraction 1", "val_fraction"),

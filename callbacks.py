@@ -1,0 +1,86 @@
+"""What hangs on the Runner's callbacks: averaged weights and early stopping."""
+
+import copy
+from collections.abc import Callable
+
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from runner import Runner
+
+
+class WeightAverage:
+    """Has a runner validate and test an exponential moving average of its weights (Polyak & Juditsky 1992).
+
+    After step n the average becomes d * average + (1 - d) * weights, where d is `decay`, or (1 + n) / (10 + n) while
+    that is less: what came first is soon forgotten in short runs too. Buffers (BatchNorm's running mean and variance)
+    are averaged in the same way. The average is `runner.eval_model`, and part of the runner's state.
+    """
+
+    def __init__(self, runner: Runner, decay: float):
+        def move(averaged, weights, count):
+            n = self.average.n_averaged.item()
+            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, weights, count)
+
+        self.average = AveragedModel(runner.model, multi_avg_fn=move, use_buffers=True)
+        runner.eval_model = self.average.module
+        runner.callbacks["train_start"].append(self._start)
+        runner.callbacks["step_end"].append(self._update)
+        runner.stateful["weight_average"] = self.average
+
+    def _start(self, runner: Runner) -> None:
+        if self.average.n_averaged == 0:  # also where a run that had no average is resumed with one
+            self._update(runner)  # the first update copies
+
+    def _update(self, runner: Runner) -> None:
+        self.average.update_parameters(runner.model)
+
+
+class EarlyStopping:
+    """Ends training once validation "loss" or "accuracy" stops improving for `patience` epochs; keeps the best weights.
+
+    Only a change by more than `min_improvement` (of the loss in nats, of the accuracy as a fraction) is an improvement.
+    `epoch` is the one whose weights are kept, counted from 1; after each improvement `on_best` is called. All of it is
+    part of the runner's state.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        quantity: str,
+        patience: int,
+        min_improvement: float = 0.0,
+        on_best: Callable[[Runner], None] | None = None,
+    ):
+        self.quantity, self.patience, self.min_improvement, self.on_best = quantity, patience, min_improvement, on_best
+        self.epoch, self.best, self.weights = 0, None, None
+        runner.callbacks["train_start"].append(self._stop_when_due)
+        runner.callbacks["epoch_end"].append(self._compare)
+        runner.stateful["early_stopping"] = self
+
+    def _compare(self, runner: Runner) -> None:
+        value = runner.metrics[f"val_{self.quantity}"][-1]
+        if self.weights is None or self._improvement(value) > self.min_improvement:
+            self.epoch, self.best = runner.epoch, value
+            self.weights = {name: tensor.clone() for name, tensor in runner.eval_model.state_dict().items()}
+            if self.on_best is not None:
+                self.on_best(runner)
+        self._stop_when_due(runner)
+
+    def _improvement(self, value: float) -> float:
+        return self.best - value if self.quantity == "loss" else value - self.best
+
+    def _stop_when_due(self, runner: Runner) -> None:
+        if self.weights is not None and runner.epoch - self.epoch >= self.patience:
+            runner.stop = True
+
+    def use_best(self, runner: Runner) -> None:
+        """Have the runner test the best weights; those that it would train further are left as they are."""
+        runner.eval_model = copy.deepcopy(runner.eval_model)
+        runner.eval_model.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict:
+        return {"quantity": self.quantity, "epoch": self.epoch, "best": self.best, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["quantity"] == self.quantity:  # else the search for the best begins anew
+            self.epoch, self.best, self.weights = state["epoch"], state["best"], state["weights"]

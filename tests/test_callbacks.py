@@ -1,0 +1,195 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+from test_runner import noise, same_weights, stop_at, vit_runner
+from test_train import MODEL, quick
+
+from callbacks import EarlyStopping, WeightAverage
+from files import read_file, write_file
+from network import FeedForward, Module
+from runner import Runner
+
+# ------------------------------------------------------------------------------------------------- averaged weights
+
+
+def weights_after_each_step(runner):
+    """A list that the weights and buffers at the start and after each step are put into."""
+    history = []
+
+    def remember(runner):
+        history.append(copy.deepcopy(runner.model.state_dict()))
+
+    runner.callbacks["train_start"].append(remember)
+    runner.callbacks["step_end"].append(remember)
+    return history
+
+
+@pytest.mark.parametrize("tokenizer", ["patch", "conv"])
+def test_the_average_is_the_exponential_one_of_weights_and_buffers(digits, tokenizer):
+    runner, train_loader, val_loader = vit_runner(digits, tokenizer=tokenizer)
+    WeightAverage(runner, 0.5)
+    history = weights_after_each_step(runner)
+    runner.train(train_loader, val_loader, epochs=3)
+    assert len(history) == 13
+    expected = {name: value.double() for name, value in history[0].items()}
+    for n, weights in enumerate(history[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        assert (decay < 0.5) == (n < 8)
+        expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
+    averaged = runner.eval_model.state_dict()
+    assert averaged.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(averaged[name].double(), value, rtol=1e-4, atol=1e-6)
+    assert any("running_var" in name for name in averaged) == (tokenizer == "conv")
+
+
+def test_validation_and_test_are_of_the_average_and_training_is_not_touched(digits):
+    plain, train_loader, val_loader = vit_runner(digits)
+    plain.train(train_loader, val_loader, epochs=2)
+    runner, train_loader, val_loader = vit_runner(digits)
+    WeightAverage(runner, 0.9)
+    runner.train(train_loader, val_loader, epochs=2)
+    assert same_weights(runner.model, plain.model)
+    assert not same_weights(runner.eval_model, plain.model)
+    assert runner.metrics["train_loss"] == plain.metrics["train_loss"]
+    assert runner.metrics["val_loss"] != plain.metrics["val_loss"]
+    with torch.no_grad():
+        right = [(runner.eval_model.eval()(x).argmax(dim=1) == y).float() for x, y in val_loader]
+    accuracy = torch.cat(right).mean().item()
+    assert runner.metrics["val_accuracy"][-1] == pytest.approx(accuracy)
+    assert runner.test(val_loader)[1] == pytest.approx(accuracy)
+
+
+def test_an_average_taken_up_again_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(digits, tmp_path):
+    whole, train_loader, val_loader = vit_runner(digits, tokenizer="conv")
+    WeightAverage(whole, 0.99)
+    whole.train(train_loader, val_loader, epochs=3)
+    first, train_loader, val_loader = vit_runner(digits, tokenizer="conv")
+    WeightAverage(first, 0.99)
+    first.callbacks["step_end"].append(stop_at(6))
+    first.train(train_loader, val_loader, epochs=3)
+    write_file(tmp_path / "state", first.state_dict())
+    second, train_loader, val_loader = vit_runner(digits, seed=1, tokenizer="conv")
+    WeightAverage(second, 0.99)
+    second.load_state_dict(read_file(tmp_path / "state"))
+    train_loader.seed = 0
+    second.train(train_loader, val_loader, epochs=3 - second.epoch)
+    assert same_weights(second.eval_model, whole.eval_model)
+    assert second.metrics == whole.metrics
+
+
+def test_an_average_that_begins_in_a_resumed_run_begins_with_its_weights(digits):
+    first, train_loader, val_loader = vit_runner(digits)
+    first.train(train_loader, val_loader, epochs=1)
+    second, train_loader, val_loader = vit_runner(digits, seed=1)
+    WeightAverage(second, 0.999)
+    second.load_state_dict(first.state_dict())
+    second.callbacks["step_end"].append(stop_at(4))
+    at_start = []
+    second.callbacks["train_start"].append(lambda runner: at_start.append(copy.deepcopy(runner.eval_model)))
+    second.train(train_loader, val_loader, epochs=1)
+    assert same_weights(at_start[0], first.model)
+
+
+# --------------------------------------------------------------------------------------------------- early stopping
+
+
+class ScriptedRunner(Runner):
+    """Its validation gives what the script says, and its model changes all the time."""
+
+    def __init__(self, losses, accuracies=None):
+        torch.manual_seed(0)
+        model = FeedForward(48, 8, 3)
+        super().__init__(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), "cpu")
+        self.script = list(zip(losses, accuracies or [0.5] * len(losses), strict=True))
+        self.history = {}
+        self.callbacks["epoch_end"].append(lambda _: self.history.update({self.epoch: copy.deepcopy(self.model)}))
+
+    def test(self, loader, description=""):
+        return self.script[self.epoch]
+
+    def train_on_noise(self):
+        loader = [noise(4)]
+        self.train(loader, loader, len(self.script) - self.epoch)
+        return self.epoch
+
+
+@pytest.mark.parametrize(
+    "quantity, patience, min_improvement, losses, epochs, best",
+    [
+        ("loss", 1, 0.0, [3, 2, 2, 1], 3, 2),  # the same is no improvement
+        ("loss", 2, 0.0, [3, 2, 2.5, 1, 4, 5, 6], 6, 4),  # an improvement begins the wait anew
+        ("loss", 3, 0.0, [5, 4, 3, 2, 1], 5, 5),  # never due
+        ("loss", 2, 0.5, [3, 2.6, 2.4, 2.0, 2.0, 2.0], 5, 3),  # by 0.6 from the best, not by 0.2 from the one before
+        ("accuracy", 2, 0.0, [0.1, 0.3, 0.2, 0.3, 0.9], 4, 2),
+        ("accuracy", 1, 0.01, [0.1, 0.2, 0.205, 0.9], 3, 2),
+    ],
+)
+def test_training_stops_after_patience_and_the_best_weights_are_used(
+    quantity, patience, min_improvement, losses, epochs, best
+):
+    runner = ScriptedRunner(*([losses] if quantity == "loss" else [losses[::-1], losses]))
+    saved = []
+    stopping = EarlyStopping(runner, quantity, patience, min_improvement, on_best=lambda r: saved.append(r.epoch))
+    assert runner.train_on_noise() == epochs
+    assert stopping.epoch == saved[-1] == best
+    last = copy.deepcopy(runner.model)
+    stopping.use_best(runner)
+    assert same_weights(runner.eval_model, runner.history[best])
+    assert same_weights(runner.model, last)
+
+
+@pytest.mark.parametrize("interrupted", range(1, 7))
+def test_stopping_taken_up_again_is_the_same(interrupted, tmp_path):
+    losses = [3, 2, 2.5, 1, 4, 5, 6, 0]
+    runner = ScriptedRunner(losses)
+    EarlyStopping(runner, "loss", 2)
+    runner.callbacks["epoch_end"].append(lambda runner: setattr(runner, "stop", runner.epoch == interrupted))
+    runner.train_on_noise()
+    write_file(tmp_path / "state", runner.state_dict())
+    resumed = ScriptedRunner(losses)
+    stopping = EarlyStopping(resumed, "loss", 2)
+    resumed.load_state_dict(read_file(tmp_path / "state"))
+    assert resumed.train_on_noise() == 6  # also if it was interrupted when it had just been told to stop
+    assert stopping.epoch == 4
+    stopping.use_best(resumed)
+    assert same_weights(resumed.eval_model, {**runner.history, **resumed.history}[4])
+
+
+def test_another_quantity_or_stopping_itself_can_begin_in_a_resumed_run():
+    for before in (None, "accuracy"):
+        runner = ScriptedRunner([3, 2, 3, 3, 3], [0.1, 0.2, 0.3, 0.4, 0.5])
+        if before:
+            EarlyStopping(runner, before, 2)
+        runner.callbacks["epoch_end"].append(lambda runner: setattr(runner, "stop", runner.epoch == 2))
+        runner.train_on_noise()
+        resumed = ScriptedRunner([3, 2, 3, 3, 3], [0.1, 0.2, 0.3, 0.4, 0.5])
+        stopping = EarlyStopping(resumed, "loss", 1)
+        resumed.load_state_dict(runner.state_dict())
+        assert resumed.train_on_noise() == 4
+        assert stopping.epoch == 3
+
+
+# ------------------------------------------------------------------------------------------------------- as a whole
+
+
+def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, digits):
+    flags = "--epochs 9 --schedule constant --lr 0.05 --patience 2 --monitor accuracy --min_improvement 0.001 --ema 0.5"
+    quick(tmp_path, *flags.split())
+    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
+    results, accuracies = report["results"], report["metrics"]["val_accuracy"]
+    assert results["epochs"] == len(accuracies) == results["tested_epoch"] + 2 < 9
+    assert results["val_accuracy"] == max(accuracies) == accuracies[results["tested_epoch"] - 1]
+    tested, best, last = (Module.load(tmp_path / "saved" / f"{MODEL}{kind}.pt") for kind in ("", ".best", ".last"))
+    assert same_weights(tested, best) and not same_weights(tested, last)
+    assert tested.metadata == best.metadata == last.metadata == digits.metadata
+    for model, accuracy in ((tested, results["val_accuracy"]), (last, accuracies[-1])):
+        with torch.no_grad():
+            right = [(model(x).argmax(dim=1) == y).float() for x, y in digits.loader("val", 500)]
+        assert torch.cat(right).mean().item() == pytest.approx(accuracy)
+    quick(tmp_path)
+    assert {path.name for path in (tmp_path / "saved").glob("*.pt")} == {f"{MODEL}.pt"}
