@@ -178,12 +178,14 @@ def test_another_quantity_or_stopping_itself_can_begin_in_a_resumed_run():
 
 
 def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, digits):
-    flags = "--epochs 9 --schedule constant --lr 0.05 --patience 2 --monitor accuracy --min_improvement 0.001 --ema 0.5"
+    flags = (
+        "--epochs 9 --lr 0.0001 --patience 2 --monitor accuracy --min_improvement 0.5 --ema 0.5"  # too slow for that
+    )
     quick(tmp_path, *flags.split())
     report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
     results, accuracies = report["results"], report["metrics"]["val_accuracy"]
-    assert results["epochs"] == len(accuracies) == results["tested_epoch"] + 2 < 9
-    assert results["val_accuracy"] == max(accuracies) == accuracies[results["tested_epoch"] - 1]
+    assert (results["epochs"], len(accuracies), results["tested_epoch"]) == (3, 3, 1)
+    assert results["val_accuracy"] == accuracies[0] != accuracies[2]
     tested, best, last = (Module.load(tmp_path / "saved" / f"{MODEL}{kind}.pt") for kind in ("", ".best", ".last"))
     assert same_weights(tested, best) and not same_weights(tested, last)
     assert tested.metadata == best.metadata == last.metadata == digits.metadata

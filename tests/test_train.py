@@ -370,6 +370,7 @@ def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
     for field, default in FIELDS.items():
         expected = {"preset": name, "num_heads": 2}.get(field, changed.get(field, default))
         assert getattr(config, field) == expected
+    train.use_defaults(config)
     train.check(config)
 
 
