@@ -30,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cli
+import train
+import utils
 from files import write_bytes
 from network import VisionTransformer
 from optim import build_optimizer, build_schedule
@@ -301,17 +303,54 @@ def measure_cost(config: Config) -> dict:
     exponents = {}
     for name in GROWTH:
         chosen = [row for row in rows if row["varied"] == name]
-        size = [(32 // row["patch_size"]) ** 2 if name == "patch_size" else row[name] for row in chosen]
+        label, size = axis_of(name, chosen)
         for quantity in ("seconds", "memory_mb"):
             slope = np.polyfit(np.log(size), np.log([row[quantity] for row in chosen]), 1)[0]
-            exponents[f"{quantity} ~ {'tokens' if name == 'patch_size' else name}"] = round(float(slope), 2)
+            exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
     print("\n| varied | value | tokens | step, ms | memory above the start, MB |\n|---|---|---|---|---|")
     for row in rows:
         tokens = (32 // row["patch_size"]) ** 2
         value = row[row["varied"]]
         print(f"| {row['varied']} | {value} | {tokens} | {1e3 * row['seconds']:.0f} | {row['memory_mb']:.0f} |")
     print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
+    draw_cost(rows, exponents, Path(config.output_dir) / "cost.png")
     return {"rows": rows, "exponents": exponents}
+
+
+def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None:
+    """Step time and memory against tokens, width, depth and batch, both axes logarithmic: a power law is a line."""
+    figure = utils.new_figure(1000, 480, dpi=200)
+    utils.add_text(figure, 14, 30, "How a training step's cost grows", size=13, weight="bold")
+    note = "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied; slopes are fitted exponents"
+    utils.add_text(figure, 14, 50, note, size=9)
+    quantities = (("seconds", "step, ms", 1e3, utils.BLUE), ("memory_mb", "memory, MB", 1, utils.VERMILLION))
+    for column, name in enumerate(GROWTH):
+        chosen = [row for row in rows if row["varied"] == name]
+        label, size = axis_of(name, chosen)
+        for line, (quantity, unit, scale, color) in enumerate(quantities):
+            axes = utils.add_axes(figure, 62 + 240 * column, 80 + 190 * line, 170, 140)
+            values = [scale * row[quantity] for row in chosen]
+            axes.loglog(size, values, "o-", color=color)
+            axes.set_xticks(size, [f"{value:,}" for value in size])
+            axes.set_yticks(values, [f"{value:,.0f}" for value in values])
+            axes.minorticks_off()
+            axes.tick_params(labelsize=9)
+            axes.text(
+                0.06, 0.86, f"exponent {exponents[f'{quantity} ~ {label}']:.2f}", transform=axes.transAxes, size=9
+            )
+            axes.spines[["top", "right"]].set_visible(False)
+            if line == 1:
+                axes.set_xlabel(label.replace("_", " "), size=10)
+            if column == 0:
+                axes.set_ylabel(unit, size=10)
+    utils.save_figure(figure, path)
+
+
+def axis_of(name: str, rows: list[dict]) -> tuple[str, list[int]]:
+    """What stands on the axis when `name` is varied, and its values: tokens, where that is the patch size."""
+    if name == "patch_size":
+        return "tokens", [(32 // row["patch_size"]) ** 2 for row in rows]
+    return name, [row[name] for row in rows]
 
 
 def cost_of_one(options: dict, threads: int) -> dict:
@@ -342,12 +381,13 @@ def time_run(config: Config) -> dict:
         val_loader = DataLoader(PILDataset(data.val), batch_size=128)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     elif config.contender == "quick":
-        epochs = 1
-        model = VisionTransformer(patch_size=8, num_blocks=2, mlp_ratio=2.0, tokenizer="conv", pooling="mean")
-        train_loader = data.loader("train", 64, shuffle=True, augment=True, seed=config.seed)
+        quick = dataclasses.replace(train.Config(), **train.PRESETS["quick"])
+        train.use_defaults(quick)
+        model, epochs = train.build_model(quick, data), quick.epochs
+        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=True, seed=config.seed)
         val_loader = data.loader("val", 500)
-        optimizer = build_optimizer(model, "muon", lr=8e-3)
-        schedule = build_schedule(optimizer, epochs * len(train_loader))
+        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay)
+        schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)
     else:
         raise ValueError(f"unknown contender {config.contender!r}: choose reference or quick")
     history = []
