@@ -422,7 +422,7 @@ def draw_attention_distance(distance: torch.Tensor, model: VisionTransformer, pa
     )
     axes.set_xlabel("block", size=9.5, color=utils.DARK)
     axes.set_ylabel("pixels", size=9.5, color=utils.DARK)
-    faithfulness.tidy(axes)
+    utils.tidy(axes)
     utils.save_figure(figure, path)
     return figure
 

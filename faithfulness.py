@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -143,14 +142,6 @@ def draw(report: dict, path: Path, title: str) -> Figure:
         place = "upper right" if kind == "deletion" else "lower left"
         legend = axes.legend(loc=place, fontsize=9, frameon=False, labelcolor=utils.DARK, title="area under the curve")
         legend.get_title().set(size=9, color=utils.DARK)
-        tidy(axes)
+        utils.tidy(axes)
     utils.save_figure(figure, path)
     return figure
-
-
-def tidy(axes: Axes) -> None:
-    axes.tick_params(labelsize=9.5, color=utils.GREY, labelcolor=utils.DARK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(utils.GREY)
-    axes.grid(color=utils.LIGHT)
-    axes.set_axisbelow(True)

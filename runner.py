@@ -38,7 +38,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROGRESS = ("epoch", "batch", "step", "seconds", "last_loss", "skipped")  # attributes that a checkpoint holds
+PROGRESS = ("epoch", "batch", "step", "seconds", "val_seconds", "last_loss", "skipped")  # attributes that a checkpoint holds
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -110,6 +110,7 @@ class Runner:
         self.step = 0  # optimiser steps made
         self.total_steps = None  # of the training that runs
         self.seconds = 0.0  # spent in training steps, without validation
+        self.val_seconds = []  # what `seconds` was at each validation: an entry for each in `metrics["val_step"]`
         self.last_loss = None  # the last that was read, and finite
         self.skipped = 0  # steps left out because of a loss or gradient that is not finite
         self.stop = False
@@ -152,6 +153,7 @@ class Runner:
                         f"{self.skipped} steps skipped: the weights are of no use any more. Try a lower learning rate"
                     )
                 self._record("val", loss, accuracy)
+                self.val_seconds.append(self.seconds)
                 line += f"  val loss {loss:.4f} accuracy {accuracy:6.2%}"
             self.epoch += 1
             self.batch = 0

@@ -239,6 +239,7 @@ def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, t
         "config": dataclasses.asdict(config),
         "provenance": cli.provenance(),
         "metrics": runner.metrics,
+        "val_seconds": runner.val_seconds,  # spent in training until each validation
     }
     write_bytes(files.report, json.dumps(report, indent=1).encode())
     written = [files.model, files.report] + draw_pictures(runner, data, config, files, title)
