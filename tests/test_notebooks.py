@@ -76,9 +76,12 @@ def test_model_comparison_reads_the_study_when_it_is_there(copy, paired):
     runs = []
     for name, accuracy in (("CNN", 0.7), ("ViT (patch=4)", 0.8), ("ViT (patch=8)", 0.6)):
         for _ in range(2):
-            correct = (rng.random(10_000) < accuracy).astype(int).tolist()
-            results = {**template["results"], "test_accuracy": sum(correct) / len(correct)}
-            runs.append({**template, "name": name, "results": results} | ({"correct": correct} if paired else {}))
+            correct = rng.random(10_000) < accuracy
+            results = {**template["results"], "test_accuracy": correct.mean()}
+            answers = {"correct": "".join(map(str, correct.astype(int)))} if paired else {}
+            runs += [
+                {**template, "name": name, "recipe": r, "results": results} | answers for r in ("plain", "default")
+            ]
     (copy / "figures" / "model_comparison.json").write_text(json.dumps({"runs": runs}))
     text = "\n".join(texts(execute(copy, "model_comparison")))
     assert "6 runs" in text and ("paired bootstrap" in text) == paired
