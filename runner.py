@@ -38,7 +38,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROGRESS = ("epoch", "batch", "step", "seconds", "val_seconds", "last_loss", "skipped")  # attributes that a checkpoint holds
+PROGRESS = ("epoch", "batch", "step", "seconds", "val_seconds", "last_loss", "skipped")  # what a checkpoint holds
 
 
 class NonFiniteLoss(ArithmeticError):
