@@ -72,11 +72,11 @@ def evaluate(model: Module, loader: ImageLoader, path: str, prefix: Path) -> dic
         "classes": per_class(probabilities, labels, classes),
         "provenance": cli.provenance(),
     }
-    print(f"\n{path}: {type(model).__name__} on the {len(labels):,} test images of {dataset}")
+    print(f"\n{path}: {model.title} on the {len(labels):,} test images of {dataset}")
     print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}", end="  ")
     print(f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)\n")
     print(markdown_table(report["classes"]))
-    title = f"{type(model).__name__} on {dataset}"
+    title = f"{model.title} on {dataset}"
     files = [prefix.with_name(f"{prefix.name}_{what}.png") for what in ("confusion", "calibration", "mistakes")]
     draw_confusion(report["confusion_matrix"], classes, files[0], title)
     draw_calibration(report, files[1], title)

@@ -62,7 +62,7 @@ def main() -> None:
         stem = Path(config.checkpoint).stem
         suffix = "" if stem == "VisionTransformer" else f"_{stem}"
         folder = Path(config.output_dir)
-        title = f"{type(model).__name__} on {model.metadata['dataset']}"
+        title = f"{model.title} on {model.metadata['dataset']}"
 
         draw_explanations(model, images, labels, folder / f"explanations{suffix}.png", config.rows)
         written = [folder / f"explanations{suffix}.png"]
@@ -376,7 +376,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     figure = utils.new_figure(
         max(740, 20 + (1 + len(columns)) * (tile + 8)), 84 + len(chosen) * row_height + 4, dpi=200
     )
-    title = f"{type(model).__name__} on {metadata['dataset']}: what does it look at?"
+    title = f"{model.title} on {metadata['dataset']}: what does it look at?"
     utils.add_text(figure, 14, 28, title, size=13, weight="bold")
     note = "prediction and its probability: green where right, orange where wrong; brightness is relative to each map"
     utils.add_text(figure, 14, 48, note, size=9.5)

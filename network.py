@@ -3,6 +3,7 @@
 Shapes in docstrings name their axes: `tokens` is the number of patches, plus one where there is a CLS token.
 """
 
+import difflib
 import inspect
 import math
 from pathlib import Path
@@ -24,6 +25,21 @@ class Module(nn.Module):
         bound.apply_defaults()
         module.__dict__["config"] = {name: value for name, value in bound.arguments.items() if name != "self"}
         return module
+
+    @property
+    def title(self) -> str:
+        """What it is called in pictures and in the names of files."""
+        return type(self).__name__
+
+    def train(self, mode: bool = True) -> "Module":
+        """As torch's, but what is frozen (no parameter wants a gradient) stays in eval mode: a BatchNorm in it keeps
+        its statistics, and no branch is skipped."""
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write weights, constructor arguments and `metadata` (plain values: class names, normalisation) to `path`."""
@@ -321,6 +337,64 @@ class VisionTransformer(Module):
         if return_attention:
             return {"logits": logits, "attention_weights": torch.stack(attention_weights)}
         return logits
+
+
+class TimmModel(Module):
+    """A model of the timm library (Wightman 2019) by its name, with random weights and a new head.
+
+    Images `(batch, 3, img_size, img_size)` are brought to the size the model was made for by bicubic interpolation.
+    Logits `(batch, output_size)`. timm's models do not give their attention weights.
+
+    `mean` and `std` are what the model's published weights expect images to be normalised with.
+
+    Raises:
+        ValueError: timm is not installed, or has no such model.
+    """
+
+    def __init__(self, name: str, img_size: int = 32, output_size: int = 10, drop_path: float = 0.0):
+        super().__init__()
+        _require_positive(img_size=img_size, output_size=output_size)
+        self.backbone = create_timm_model(name, output_size, drop_path)
+        published = self.backbone.pretrained_cfg
+        self.input_size = published["input_size"][-1]
+        self.mean, self.std = list(published["mean"]), list(published["std"])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = images.shape[-1]
+        if side != self.input_size:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=side > self.input_size)
+        return self.backbone(images)
+
+    @property
+    def title(self) -> str:
+        return self.config["name"]
+
+    @property
+    def head(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+
+def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn.Module:
+    """A model as timm makes it, with random weights; timm is imported only now, since nothing else needs it.
+
+    Raises:
+        ValueError: timm is not installed, or has no such model, or one without stochastic depth where that is wanted.
+    """
+    from setup_cifar import import_torchvision
+
+    try:
+        import_torchvision()
+        import timm
+    except ImportError as error:
+        raise ValueError(f"models of timm need the package {error.name}: pip install timm") from None
+    if not timm.is_model(name):
+        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "there are none"
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; similar names: {similar}")
+    try:
+        return timm.create_model(name, num_classes=output_size, drop_path_rate=drop_path or None)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"timm's {name} cannot be made so: {error}") from None
 
 
 def _require_positive(**sizes: int) -> None:

@@ -1,77 +1,127 @@
 """Optimisers and learning-rate schedules by name: what the hyperparameters in train.py turn into."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from network import Module
+from network import Module, TimmModel, VisionTransformer
 
 # The peak learning rate and the weight decay of each optimiser where none is given. Adam and SGD add the decay to the
 # gradient, where AdamW and Muon take it off the weights, so that one value cannot serve all.
 DEFAULTS = {"muon": (8e-3, 0.1), "adamw": (2e-3, 0.05), "adam": (2e-3, 0.0), "sgd": (0.1, 5e-4)}
+FINE_TUNING_RATE = 5e-4  # peak rate for AdamW and Adam on timm's published weights, as in BEiT (Bao et al. 2022)
 
 
 def build_optimizer(
-    model: Module, name: str = "muon", lr: float | None = None, weight_decay: float | None = None
+    model: Module,
+    name: str = "muon",
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """The optimiser for `model`, with the learning rate and weight decay given or those in DEFAULTS.
 
     "adam" (Kingma & Ba 2015), "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov momentum 0.9 (Sutskever et al.
     2013), or "muon" (Jordan et al. 2024), which orthogonalises the updates of the matrices and filters between the
-    first layer and the last, and leaves everything else to AdamW. With none of them are norms, biases, the CLS token
-    and positions decayed.
+    first layer and the last, and leaves everything else to AdamW; timm's models get AdamW alone. With none of them are
+    norms, biases, the CLS token and positions decayed. What wants no gradient is left out. The learning rate of each
+    layer is that of the one above it times `layer_decay` (Bao et al. 2022).
     """
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(DEFAULTS)}")
     lr, weight_decay = (
         default if given is None else given for given, default in zip((lr, weight_decay), DEFAULTS[name], strict=True)
     )
-    # matrices and convolutions have two and four axes; norms, biases, CLS token and positions have one or three
-    weights = [p for p in model.parameters() if p.ndim in (2, 4)]
-    hidden = weights[1:-1] if name == "muon" else []
-    taken = {id(p) for p in hidden}
-    groups = [
-        {"params": [p for p in weights if id(p) not in taken], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim not in (2, 4)], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    hidden = set()
+    if name == "muon" and not isinstance(model, TimmModel):
+        hidden = set([p for p in model.parameters() if p.ndim in (2, 4)][1:-1])
+    spared, scales = undecayed(model), {} if layer_decay == 1 else layer_scales(model, layer_decay)
+
+    def group(parameters: Iterable[nn.Parameter]) -> list[dict]:
+        """One group for each pair of decay and rate, the decayed ones and the higher rates first."""
+        members = {}
+        for p in parameters:
+            members.setdefault((p in spared, scales.get(p, 1.0)), []).append(p)
+        return [
+            {"params": members[spare, scale], "lr": scale * lr, "weight_decay": 0.0 if spare else weight_decay}
+            for spare, scale in sorted(members, key=lambda key: (key[0], -key[1]))
+        ]
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = group(p for p in trained if p not in hidden)
     if name == "sgd":
         return SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     if name == "adam":
         return Adam(groups, lr=lr, fused=True)
     adamw = AdamW(groups, lr=lr, fused=True)
-    return MuonAndAdamW(hidden, adamw, lr, weight_decay) if hidden else adamw
+    hidden_groups = group(p for p in trained if p in hidden)
+    return MuonAndAdamW(hidden_groups, adamw) if hidden_groups else adamw
+
+
+def undecayed(model: Module) -> set[nn.Parameter]:
+    """Norms, biases, CLS token and positions, which have no direction that a pull towards zero would help."""
+    if isinstance(model, TimmModel):
+        from timm.optim import param_groups_weight_decay
+
+        names = getattr(model.backbone, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(model.backbone, weight_decay=1.0, no_weight_decay_list=names)
+        return {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    # matrices and convolutions have two and four axes, all else has one or three
+    return {p for p in model.parameters() if p.ndim not in (2, 4)}
+
+
+def layer_scales(model: Module, decay: float) -> dict[nn.Parameter, float]:
+    """What each parameter's learning rate is multiplied with: 1 in the head, `decay` in the layer below, and so on."""
+    if isinstance(model, TimmModel):
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(model.backbone, layer_decay=decay)
+        return {p: group["lr_scale"] for group in groups for p in group["params"]}
+    layers = [[module] for module in model.children()]
+    if isinstance(model, VisionTransformer):
+        *blocks, last = model.blocks
+        layers = [[model.embedding], *([block] for block in blocks), [last, model.norm], [model.head]]
+    depths = enumerate(reversed(layers))
+    return {p: decay**depth for depth, layer in depths for module in layer for p in module.parameters()}
 
 
 class MuonAndAdamW(Optimizer):
-    """torch's Muon for `weights` and an AdamW for the rest, seen from outside as one optimiser.
+    """torch's Muon for `groups` of matrices and filters, and an AdamW for the rest, seen from outside as one optimiser.
 
     torch's Muon takes matrices alone: a convolution's filters `(out, in, height, width)` are given to it as the matrix
     `(out, in * height * width)`. Its updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025), so
     one learning rate serves both.
     """
 
-    def __init__(self, weights: list[nn.Parameter], adamw: AdamW, lr: float, weight_decay: float):
-        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in weights]
-        self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, groups: list[dict], adamw: AdamW):
+        self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for group in groups for p in group["params"]}
+        as_matrices = [{**group, "params": [self.matrices[p] for p in group["params"]]} for group in groups]
+        self.muon = torch.optim.Muon(as_matrices, adjust_lr_fn="match_rms_adamw")
         self.adamw = adamw
-        super().__init__([{**self.muon.param_groups[0], "params": weights}, *adamw.param_groups], {})
-        self.param_groups[1:] = adamw.param_groups  # the same dicts: a schedule that sets `lr` here sets it there
+        ours = [{**theirs, "params": g["params"]} for theirs, g in zip(self.muon.param_groups, groups, strict=True)]
+        super().__init__(ours + adamw.param_groups, {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """AdamW and the whole hold the same group dicts, so that a schedule that sets `lr` here sets it there."""
+        self.param_groups[len(self.muon.param_groups) :] = self.adamw.param_groups
 
     @torch.no_grad()
     def step(self, closure=None):
         self._give_to_muon()
         self.muon.step()
-        for weight, matrix in zip(self.param_groups[0]["params"], self.matrices, strict=True):
+        for weight, matrix in self.matrices.items():
             weight.copy_(matrix.view_as(weight))
         self.adamw.step()
 
     def _give_to_muon(self) -> None:
-        self.muon.param_groups[0].update({**self.param_groups[0], "params": self.matrices})
-        for weight, matrix in zip(self.param_groups[0]["params"], self.matrices, strict=True):
+        for theirs, ours in zip(self.muon.param_groups, self.param_groups, strict=False):
+            theirs.update({**ours, "params": theirs["params"]})
+        for weight, matrix in self.matrices.items():
             matrix.data = weight.detach().flatten(1)
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
 
@@ -83,8 +133,9 @@ class MuonAndAdamW(Optimizer):
         self._give_to_muon()  # to have its matrices on the weights' device
         for part, state in zip((self.muon, self.adamw), state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups[0].update({**self.muon.param_groups[0], "params": self.param_groups[0]["params"]})
-        self.param_groups[1:] = self.adamw.param_groups
+        for theirs, ours in zip(self.muon.param_groups, self.param_groups, strict=False):
+            ours.update({**theirs, "params": ours["params"]})
+        self._share_groups()
 
 
 SCHEDULES = ("cosine", "constant", "linear", "step", "one_cycle")

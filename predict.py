@@ -25,7 +25,7 @@ import cli
 import explain
 import utils
 from evaluate import load_trained
-from network import Module, VisionTransformer
+from network import Module, TimmModel, VisionTransformer
 from runner import choose_device
 
 
@@ -49,6 +49,8 @@ def main() -> None:
         if not config.images:
             raise ValueError("name at least one image: python predict.py photo.jpg")
         model = load_trained(config.checkpoint, choose_device(config.device))
+        if isinstance(model, TimmModel):
+            print("no pictures of attention: timm's models do not give their attention weights")
         failed = False
         taken = set()
         for name in tqdm(config.images, "predicting", unit="image", leave=False, disable=len(config.images) < 4):

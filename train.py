@@ -27,8 +27,9 @@ import cli
 import utils
 from callbacks import EarlyStopping, WeightAverage
 from files import CheckpointError, read_file, write_bytes, write_file
-from network import CNN, FeedForward, Module, VisionTransformer
-from optim import DEFAULTS, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
+from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
+from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
+from pretrained import freeze_backbone, load_timm_weights, start_from
 from runner import NonFiniteLoss, Runner, choose_device
 from setup_cifar import Dataset, load_data
 
@@ -47,7 +48,7 @@ class Config:
     augment: bool = True  # random crops and mirroring; --no-augment leaves them out, and a ViT overfits by epoch 10
 
     # model
-    model: Literal["vit", "cnn", "mlp"] = "vit"  # Vision Transformer, convolutional network, multi-layer perceptron
+    model: str = "vit"  # vit, cnn, mlp, or a model of timm by its name: timm:vit_tiny_patch16_224
     hidden_size: int = 64  # width of a ViT's tokens, or of the MLP's hidden layer
     num_heads: int = 4  # attention heads in each ViT block; must divide hidden_size
     num_blocks: int = 4  # transformer blocks
@@ -58,6 +59,12 @@ class Config:
     tokenizer_depth: int = 1  # convolutions in each stage (each halving of the image) of the conv tokenizer
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
+    # trained weights to start from
+    init_from: str | None = None  # a file of saved/ with a model like this one; its head is left out
+    pretrained: bool = False  # a timm model's published weights, which are downloaded
+    pretrained_file: str | None = None  # ... or taken from this file (.safetensors, .pth, .npz)
+    freeze: Literal["none", "backbone"] = "none"  # backbone: train the head alone
+
     # optimisation
     epochs: int = 20  # passes over the training images
     batch_size: int = 128  # images in a step
@@ -66,6 +73,7 @@ class Config:
     schedule: Literal["cosine", "constant", "linear", "step", "one_cycle"] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     weight_decay: float | None = None  # on matrices alone; default: the optimiser's, 0.1 for muon (see optim.py)
+    layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
     ema: float = 0.0  # decay of a moving average of the weights, 0.999 say, validated and saved in their place; 0: none
     patience: int = 0  # epochs without improvement after which to stop and use the best epoch's weights; 0: never
@@ -132,7 +140,7 @@ class Files:
         self.curves = self.figures / f"{self.name}_curves.png"
         self.frames = self.figures / f"{self.name}_frames"
         self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
-        self.gif = root / f"animation_{config.name or config.model + suffix}.gif"
+        self.gif = root / f"animation_{config.name or config.model.removeprefix('timm:') + suffix}.gif"
 
     def prepare(self) -> None:
         """Make the folders, and make sure now that they can be written."""
@@ -156,13 +164,14 @@ def main() -> None:
             model = build_model(config, data)
         except (RuntimeError, OverflowError) as error:
             raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
-        files = Files(config, type(model).__name__, data.name)
+        use_trained_weights(model, data, config)
+        files = Files(config, model.title, data.name)
 
         train_loader = data.loader(
             "train", config.batch_size, device, shuffle=True, augment=config.augment, seed=config.seed
         )
         val_loader = data.loader("val", 500, device)
-        optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay)
+        optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         runner = Runner(
             model,
             optimizer,
@@ -194,7 +203,7 @@ def main() -> None:
             for path in (files.best, files.last):  # of the run before, if any: this one may write none
                 path.unlink(missing_ok=True)
 
-    title = f"{type(model).__name__} on {data.name}"
+    title = f"{model.title} on {data.name}"
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}")
     draw_frames(runner, val_loader, data, config, files, title)
@@ -251,7 +260,11 @@ def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, t
 
 def use_defaults(config: Config) -> None:
     """Fill in what depends on other hyperparameters, so that report and checkpoint say what was used."""
+    if config.model.startswith("timm:") and config.optimizer == "muon":
+        config.optimizer = "adamw"  # Muon is for our own blocks
     lr, weight_decay = DEFAULTS[config.optimizer]
+    if (config.pretrained or config.pretrained_file) and config.optimizer in ("adam", "adamw"):
+        lr = FINE_TUNING_RATE
     config.lr = lr if config.lr is None else config.lr
     config.weight_decay = weight_decay if config.weight_decay is None else config.weight_decay
 
@@ -277,6 +290,15 @@ def check(config: Config) -> None:
     for name in ("warmup", "label_smoothing", "drop_path", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
+    if not 0 < config.layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, not {config.layer_decay}")
+    timm = config.model.startswith("timm:")
+    if not timm and config.model not in ("vit", "cnn", "mlp"):
+        raise ValueError(f"unknown model {config.model!r}: choose vit, cnn, mlp, or timm:NAME")
+    if not timm and (config.pretrained or config.pretrained_file):
+        raise ValueError(f"--pretrained is for timm's models: --model {config.model} can start with --init_from")
+    if config.init_from and (config.pretrained or config.pretrained_file):
+        raise ValueError("--init_from and --pretrained both say what weights to start from: choose one")
     if config.name is not None and (not config.name or Path(config.name).name != config.name):
         raise ValueError(f"name {config.name!r} must be the name of a file, not a path")
 
@@ -288,6 +310,8 @@ def build_model(config: Config, data: Dataset) -> Module:
         return CNN(size, classes)
     if config.model == "mlp":
         return FeedForward(3 * size**2, config.hidden_size, classes)
+    if config.model.startswith("timm:"):
+        return TimmModel(config.model.removeprefix("timm:"), size, classes, config.drop_path)
     return VisionTransformer(
         img_size=size,
         hidden_size=config.hidden_size,
@@ -301,6 +325,19 @@ def build_model(config: Config, data: Dataset) -> Module:
         tokenizer_depth=config.tokenizer_depth,
         drop_path=config.drop_path,
     )
+
+
+def use_trained_weights(model: Module, data: Dataset, config: Config) -> None:
+    """Start from the weights asked for, with images normalised as they were for these, and freeze what is to be."""
+    if config.init_from:
+        metadata = start_from(model, config.init_from)
+        data.mean, data.std = metadata.get("mean", data.mean), metadata.get("std", data.std)
+    elif config.pretrained or config.pretrained_file:
+        if not config.resume:
+            load_timm_weights(model, config.pretrained_file)
+        data.mean, data.std = model.mean, model.std
+    if config.freeze == "backbone":
+        freeze_backbone(model)
 
 
 # --------------------------------------------------------------------------------------------------- interruptions
@@ -437,7 +474,9 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
             keep_frames=True,
         )
         written.append(files.gif)
-    if config.model == "vit":
+    if isinstance(runner.eval_model, TimmModel):
+        print("no pictures of attention: timm's models do not give their attention weights")
+    if isinstance(runner.eval_model, VisionTransformer):
         loader = data.loader("test", 4, runner.device)
         images, labels = next(iter(loader))
         with torch.no_grad():

@@ -236,6 +236,8 @@ CHANGES_THE_WEIGHTS = {
     "schedule": "linear",
     "warmup": "0.5",
     "weight_decay": "0.5",
+    "layer_decay": "0.5",
+    "freeze": "backbone",
     "label_smoothing": "0.3",
     "ema": "0.9",
     "grad_clip": "0.01",
@@ -243,6 +245,9 @@ CHANGES_THE_WEIGHTS = {
     "precision": "bf16",
 }
 TESTED_ELSEWHERE = {
+    "init_from",
+    "pretrained",
+    "pretrained_file",
     "preset",
     "tokenizer_depth",
     "dataset",
@@ -422,6 +427,9 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--weight_decay -1", "weight_decay"),
         ("--grad_clip -1", "grad_clip"),
         ("--warmup 1", "warmup"),
+        ("--layer_decay 0", "layer_decay"),
+        ("--layer_decay 1.1", "layer_decay"),
+        ("--freeze head", "freeze none backbone"),
         ("--ema 1", "ema"),
         ("--patience -1", "patience"),
         ("--min_improvement -0.1", "min_improvement"),
