@@ -106,6 +106,8 @@ def load_trained(path: str | Path, device: str | torch.device = "cpu") -> Module
 def test_loader(model: Module, data_dir: str | None, batch_size: int, device: str | torch.device) -> ImageLoader:
     """The test images of the data set that the model was trained on, normalised as they were in training."""
     data = load_data(model.metadata["dataset"], data_dir)
+    if model.metadata["classes"] != data.classes:  # trained on some of them
+        data = data.select(model.metadata["classes"])
     return ImageLoader(data.test, batch_size, model.metadata["mean"], model.metadata["std"], device)
 
 

@@ -7,6 +7,7 @@ Images are held as uint8 tensors `(images, 3, height, width)` on the training de
 normalised there by a few vectorised operations. What happens to an image is a function of (seed, epoch, image) alone.
 """
 
+import dataclasses
 import hashlib
 import http.client
 import os
@@ -89,6 +90,35 @@ class Dataset:
     def metadata(self) -> dict:
         """What a saved model needs to say about its data, so that it can be used."""
         return {"dataset": self.name, "classes": self.classes, "mean": self.mean, "std": self.std}
+
+    def select(self, names: list[str]) -> "Dataset":
+        """The images of these classes alone, labelled 0, 1, ... in the order given.
+
+        Raises:
+            DataError: a class that is not there or is named twice, or fewer than two.
+        """
+        missing = [name for name in names if name not in self.classes]
+        if missing:
+            raise DataError(f"{self.name} has no class {', '.join(missing)}: its classes are {', '.join(self.classes)}")
+        if len(set(names)) < max(2, len(names)):
+            raise DataError(f"classes must be at least two, and none named twice: {', '.join(names)}")
+        wanted = torch.tensor([self.classes.index(name) for name in names])
+
+        def choose(split: Split) -> Split:
+            matches = split.labels[:, None] == wanted  # (n, classes)
+            kept = matches.any(dim=1)
+            return Split(split.images[kept], matches[kept].int().argmax(dim=1))
+
+        splits = {name: choose(getattr(self, name)) for name in ("train", "val", "test")}
+        return dataclasses.replace(self, classes=names, **splits)
+
+    def part_of_labels(self, fraction: float, seed: int = 0) -> "Dataset":
+        """With `fraction` of the training images of each class, at least one; a smaller part is part of a larger."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        shuffled = self.train.labels[order]
+        members = [order[shuffled == label] for label in range(len(self.classes))]
+        kept = torch.cat([images[: max(1, round(fraction * len(images)))] for images in members])
+        return dataclasses.replace(self, train=self.train.subset(kept.sort().values))
 
     def loader(self, split: Literal["train", "val", "test"], batch_size: int, device="cpu", **options) -> "ImageLoader":
         """Batches of one split, normalised with the training split's mean and standard deviation."""

@@ -45,6 +45,8 @@ class Config:
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
+    classes: str | None = None  # names with commas between, cat,dog say, of those to train and test on; default: all
+    label_fraction: float = 1.0  # part of the training images that is used, the same of each class
     augment: bool = True  # random crops and mirroring; --no-augment leaves them out, and a ViT overfits by epoch 10
 
     # model
@@ -128,6 +130,7 @@ class Files:
 
     def __init__(self, config: Config, model: str, dataset: str):
         suffix = "" if dataset == "cifar10" else f"_{dataset}"
+        suffix += f"_{len(config.classes.split(','))}classes" if config.classes else ""
         root = Path(config.output_dir)
         self.name = config.name or model + suffix
         self.saved, self.figures = root / "saved", root / "figures"
@@ -157,6 +160,10 @@ def main() -> None:
         check(config)
         device = choose_device(config.device)
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed)
+        if config.classes is not None:
+            data = data.select(config.classes.split(","))
+        if config.label_fraction < 1:
+            data = data.part_of_labels(config.label_fraction, config.split_seed)
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size {config.batch_size} is larger than the training set of {len(data.train)}")
         torch.manual_seed(config.seed)
@@ -203,7 +210,7 @@ def main() -> None:
             for path in (files.best, files.last):  # of the run before, if any: this one may write none
                 path.unlink(missing_ok=True)
 
-    title = f"{model.title} on {data.name}"
+    title = f"{model.title} on {data.name}" + (f", {len(data.classes)} classes" if config.classes else "")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}")
     draw_frames(runner, val_loader, data, config, files, title)
@@ -290,8 +297,9 @@ def check(config: Config) -> None:
     for name in ("warmup", "label_smoothing", "drop_path", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
-    if not 0 < config.layer_decay <= 1:
-        raise ValueError(f"layer_decay must be above 0 and at most 1, not {config.layer_decay}")
+    for name in ("layer_decay", "label_fraction"):
+        if not 0 < getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, not {getattr(config, name)}")
     timm = config.model.startswith("timm:")
     if not timm and config.model not in ("vit", "cnn", "mlp"):
         raise ValueError(f"unknown model {config.model!r}: choose vit, cnn, mlp, or timm:NAME")

@@ -220,6 +220,8 @@ def plain(tmp_path_factory):
 CHANGES_THE_WEIGHTS = {
     "val_fraction": "0.3",
     "split_seed": "1",
+    "classes": "1,2,3",
+    "label_fraction": "0.9",
     "augment": None,
     "hidden_size": "24",
     "num_heads": "4",
@@ -269,8 +271,10 @@ TESTED_ELSEWHERE = {
 
 
 def typed(name, value):
-    """The flag's text as the field holds it; what has no default is a number."""
-    return float(value) if FIELDS[name] is None else type(FIELDS[name])(value)
+    """The flag's text as the field holds it; what has no default is a number, but for the classes' names."""
+    if FIELDS[name] is None:
+        return value if name == "classes" else float(value)
+    return type(FIELDS[name])(value)
 
 
 def test_every_flag_is_tested():
@@ -427,6 +431,10 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--weight_decay -1", "weight_decay"),
         ("--grad_clip -1", "grad_clip"),
         ("--warmup 1", "warmup"),
+        ("--label_fraction 0", "label_fraction"),
+        ("--label_fraction 2", "label_fraction"),
+        ("--classes 1,cat", "class cat 0, 1, 2"),
+        ("--classes 1", "two"),
         ("--layer_decay 0", "layer_decay"),
         ("--layer_decay 1.1", "layer_decay"),
         ("--freeze head", "freeze none backbone"),

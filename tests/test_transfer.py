@@ -1,0 +1,194 @@
+"""Some of the classes, some of the labels, and what transfer.py makes of them."""
+
+import json
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from test_runner import same_weights
+from test_train import FIELDS, quick
+
+import evaluate
+import train
+import transfer
+from network import Module
+from setup_cifar import DataError
+
+# ------------------------------------------------------------------------------------------------ classes and labels
+
+
+def test_some_classes_are_their_images_with_labels_in_the_order_given(digits):
+    part = digits.select(["7", "2", "4"])
+    assert part.classes == ["7", "2", "4"] and part.name == "digits"
+    for name in ("train", "val", "test"):
+        split, whole = getattr(part, name), getattr(digits, name)
+        of_them = [
+            (image, label)
+            for image, label in zip(whole.images, whole.labels.tolist(), strict=True)
+            if label in (7, 2, 4)
+        ]
+        assert torch.equal(split.images, torch.stack([image for image, _ in of_them]))
+        assert split.labels.tolist() == [[7, 2, 4].index(label) for _, label in of_them]
+    pixels = part.train.images.float() / 255
+    assert part.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist())
+
+
+@pytest.mark.parametrize("names, words", [(["7", "cat"], "no class cat"), (["7"], "two"), (["7", "7"], "twice")])
+def test_classes_that_are_not_there_or_too_few_are_refused(digits, names, words):
+    with pytest.raises(DataError, match=words):
+        digits.select(names)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.5, 1.0])
+def test_a_part_of_the_labels_has_the_same_share_of_each_class(digits, fraction):
+    part = digits.part_of_labels(fraction, seed=3)
+    before = torch.bincount(digits.train.labels).tolist()
+    assert torch.bincount(part.train.labels).tolist() == [max(1, round(fraction * count)) for count in before]
+    assert part.val is digits.val and part.test is digits.test
+
+
+def test_the_part_is_seeded_and_a_smaller_one_is_part_of_a_larger(digits):
+    def images(fraction, seed):
+        split = digits.part_of_labels(fraction, seed).train
+        return {
+            (image.numpy().tobytes(), label) for image, label in zip(split.images, split.labels.tolist(), strict=True)
+        }
+
+    assert images(0.1, 0) == images(0.1, 0) != images(0.1, 1)
+    assert images(0.1, 0) < images(0.3, 0)
+
+
+def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, monkeypatch, capsys):
+    model = quick(tmp_path, *"--classes 3,1,5 --label_fraction 0.5 --batch_size 50 --epochs 2".split())
+    assert "on digits, 3 classes" in capsys.readouterr().out
+    path = tmp_path / "saved/VisionTransformer_digits_3classes.pt"
+    assert model.metadata["classes"] == ["3", "1", "5"] and model.config["output_size"] == 3
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--output_dir", str(tmp_path)])
+    evaluate.main()
+    evaluated = json.loads((tmp_path / f"{path.stem}_evaluation.json").read_text())
+    trained = json.loads(path.with_suffix(".json").read_text())["results"]
+    assert evaluated["images"] < 150
+    assert evaluated["accuracy"] == pytest.approx(trained["test_accuracy"])
+    assert [row["class"] for row in evaluated["classes"]] == ["3", "1", "5"]
+
+
+# ---------------------------------------------------------------------------------------------------------- transfer
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Has train.py run in this process instead of one of its own, which saves importing torch; lists its flags."""
+    started = []
+
+    def run(command):
+        started.append(command[2:])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [str(part) for part in command[1:]])
+                train.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(transfer.subprocess, "run", run)
+    return started
+
+
+def run_transfer(monkeypatch, folder):
+    flags = "--hidden_size 16 --num_heads 2 --num_blocks 1 --patch_size 8"
+    argv = ["transfer.py", "--dataset", "digits", "--epochs", "1", "--fractions", "0.1", "1.0", "--flags", flags]
+    monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(folder)])
+    transfer.main()
+
+
+def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, monkeypatch, processes, capsys):
+    run_transfer(monkeypatch, tmp_path)
+    assert len(processes) == 1 + 2 * 3
+    saved = tmp_path / "saved"
+    source = Module.load(saved / "transfer_digits_source_seed0.pt")
+    assert source.metadata["classes"] == ["0", "1", "2", "3", "4", "5"]
+    models = {start: Module.load(saved / f"transfer_digits_{start}_10percent_seed0.pt") for start in transfer.STARTS}
+    assert all(model.metadata["classes"] == ["6", "7", "8", "9"] for model in models.values())
+    assert same_weights(models["frozen"].blocks, source.blocks)
+    assert not same_weights(models["transfer"].blocks, source.blocks)
+    assert not same_weights(models["scratch"].blocks, models["transfer"].blocks)
+    assert models["scratch"].metadata["mean"] != source.metadata["mean"] == models["transfer"].metadata["mean"]
+    report = json.loads((tmp_path / "figures/transfer.json").read_text())
+    assert [(row["images"], row["start"]) for row in report["table"]] == [
+        (images, start) for images in (46, 459) for start in transfer.STARTS
+    ]
+    for row in report["table"]:
+        percent = {46: 10, 459: 100}[row["images"]]
+        stored = json.loads((saved / f"transfer_digits_{row['start']}_{percent}percent_seed0.json").read_text())
+        assert row["accuracy"] == stored["results"]["test_accuracy"]
+    with Image.open(tmp_path / "figures/transfer.png") as picture:
+        assert picture.width > 1000
+    weights = {path: path.read_bytes() for path in saved.glob("*.pt")}
+    processes.clear()
+    run_transfer(monkeypatch, tmp_path)
+    assert all(flags[-1] == "--resume" for flags in processes)
+    assert "this run has finished" in capsys.readouterr().out
+    assert weights == {path: path.read_bytes() for path in saved.glob("*.pt")}
+
+
+def test_a_run_that_fails_ends_transfer_with_its_code(tmp_path, monkeypatch, processes, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["transfer.py", "--dataset", "digits", "--flags", "--num_heads 5", "--output_dir", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        transfer.main()
+    assert stop.value.code == 2 and len(processes) == 1
+    assert "num_heads 5" in capsys.readouterr().err
+
+
+def test_summaries_are_means_over_seeds():
+    runs = [
+        {"start": start, "images": 10, "results": {"test_accuracy": accuracy}}
+        for start, accuracies in {"scratch": (0.5, 0.7), "transfer": (0.8, 0.8), "frozen": (0.1, 0.2)}.items()
+        for accuracy in accuracies
+    ]
+    table = transfer.summarise([{"start": "source", "results": {"test_accuracy": 0.0}}, *runs])
+    assert [(row["start"], row["accuracy"], row["runs"]) for row in table] == [
+        ("scratch", pytest.approx(0.6), 2),
+        ("transfer", pytest.approx(0.8), 2),
+        ("frozen", pytest.approx(0.15), 2),
+    ]
+    assert table[0]["std"] == pytest.approx(0.02**0.5)
+    assert "| from scratch | 60.0% ± 14.1 |" in transfer.markdown_table(table)
+
+
+@pytest.mark.parametrize(
+    "images, fraction, expected",
+    [(16_000, 1.0, (20, 128)), (1_600, 0.1, (45, 128)), (160, 0.01, (100, 32)), (4, 0.01, (100, 1))],
+)
+def test_fewer_images_get_more_epochs_and_smaller_batches(images, fraction, expected):
+    assert transfer.effort(20, fraction, images) == expected
+
+
+@pytest.mark.parametrize("flags", ["--fractions 0", "--fractions 2", "--epochs 0", "--seeds 0", "--dataset mnist"])
+def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["transfer.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        transfer.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_of_all_classes_are_those_of_the_data(digits):
+    for task in transfer.TASKS["digits"]:
+        assert set(task.split(",")) < set(digits.classes)
+    assert FIELDS["classes"] is None
+
+
+def test_cifar10s_animals_and_vehicles_are_its_classes(cifar10):
+    source, target = (task.split(",") for task in transfer.TASKS["cifar10"])
+    assert sorted(source + target) == sorted(cifar10.classes)
