@@ -48,7 +48,7 @@ class Config:
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)  # of the target's labels, at least one for each class
     epochs: int = 20  # on the source, and on all of the target's images; on fewer images more, see below
     seeds: int = 1  # runs of everything, with seeds 0, 1, ...
-    flags: str = ""  # further ones for every train.py, such as "--hidden_size 32 --device cpu"
+    flags: str = ""  # further ones for every train.py: --flags="--hidden_size 32 --device cpu"
     output_dir: str = "."  # the folder that saved/ and figures/ go to
 
 
