@@ -272,7 +272,7 @@ def load_run(recipe: str, model: str, seed: int, config: Config) -> comparison.R
     path = config.saved / config.run_name(recipe, model, seed)
     try:
         report = json.loads(path.with_suffix(".json").read_text())
-        whole = len(report["val_seconds"]) == report["config"]["epochs"]
+        whole = len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:

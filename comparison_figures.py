@@ -68,7 +68,7 @@ def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
     groups = group(runs)
     recipes = list(dict.fromkeys(run.recipe for run in runs))
     unit, unit_name = clock_unit(max(run.report["val_seconds"][-1] for run in runs))
-    width, height, first = 440, 190, 108
+    width, height, first = 440, 190, 108 if len(recipes) > 1 else 128
     figure = utils.new_figure(max(70 + width * len(recipes), 620), first + 4 * (height + 66), dpi=200)
     utils.add_text(figure, 14, 28, f"Validation on {dataset}, mean and range over seeds", size=13, weight="bold")
     handles = [

@@ -186,7 +186,7 @@ def test_an_interrupted_study_goes_on(tmp_path, capfd):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    printed, complaints = process.communicate(timeout=60)
+    printed, complaints = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in complaints
     assert "interrupted after step" in printed and not report.exists()
 
