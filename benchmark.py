@@ -14,12 +14,14 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -355,17 +357,23 @@ def axis_of(name: str, rows: list[dict]) -> tuple[str, list[int]]:
 
 def cost_of_one(options: dict, threads: int) -> dict:
     """Median seconds of a step, and the peak resident memory above what the process needed before it."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, kilobytes elsewhere
     torch.set_num_threads(threads)
     batch_size = options.pop("batch_size")
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    process, done, sizes = psutil.Process(), threading.Event(), []
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            sizes.append(process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
     seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"seconds": statistics.median(seconds), "memory_mb": (after - before) / 2**20}
+    done.set()
+    watcher.join()
+    return {"seconds": statistics.median(seconds), "memory_mb": (max(sizes) - before) / 2**20}
 
 
 # ----------------------------------------------------------------------------------------------- time to accuracy
