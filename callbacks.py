@@ -1,10 +1,14 @@
-"""What hangs on the Runner's callbacks: averaged weights and early stopping."""
+"""What hangs on the Runner's callbacks: averaged weights, early stopping, TensorBoard."""
 
 import copy
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import utils
+from network import VisionTransformer
 from runner import Runner
 
 
@@ -84,3 +88,56 @@ class EarlyStopping:
     def load_state_dict(self, state: dict) -> None:
         if state["quantity"] == self.quantity:  # else the search for the best begins anew
             self.epoch, self.best, self.weights = state["epoch"], state["best"], state["weights"]
+
+
+class TensorBoard:
+    """Writes for TensorBoard what a runner measures, and after each epoch its pictures: progress and attention.
+
+    Args:
+        folder: where; `tensorboard --logdir` shows it, or all that are in a folder above. A run that begins empties it,
+            one that is resumed strikes out what came from its checkpoint on, and writes it again.
+        loader: of the images shown.
+        classes: class names.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self, runner: Runner, folder: Path, loader, classes: list[str]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        self.make_writer, self.folder, self.loader, self.classes = SummaryWriter, folder, loader, classes
+        runner.callbacks["train_start"].append(self._start)
+        runner.callbacks["step_end"].append(self._write_training)
+        runner.callbacks["epoch_end"].append(self._write_validation)
+
+    def _start(self, runner: Runner) -> None:
+        if runner.step == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.writer = self.make_writer(str(self.folder), purge_step=runner.step or None)
+        self.entries = sum(step < runner.step for step in runner.metrics["train_step"])
+        self._write_training(runner)
+        if runner.metrics["val_step"][-1:] == [runner.step]:
+            self._write_validation(runner)
+
+    def _write_training(self, runner: Runner) -> None:
+        if len(runner.metrics["train_step"]) > self.entries:
+            self.entries += 1
+            self._write_scalars(runner, "train")
+            rate = max(group["lr"] for group in runner.optimizer.param_groups)
+            self.writer.add_scalar("learning_rate", rate, runner.step)
+
+    def _write_validation(self, runner: Runner) -> None:
+        self._write_scalars(runner, "val")
+        progress = runner.plot(self.loader, classes=self.classes)
+        self.writer.add_figure("progress", progress, runner.step, close=False)
+        if isinstance(runner.eval_model, VisionTransformer):
+            attention = utils.draw_attention(runner.eval_model, self.loader, self.classes)
+            self.writer.add_figure("attention", attention, runner.step, close=False)
+        self.writer.flush()
+
+    def _write_scalars(self, runner: Runner, split: str) -> None:
+        for quantity in ("loss", "accuracy"):
+            self.writer.add_scalar(f"{quantity}/{split}", runner.metrics[f"{split}_{quantity}"][-1], runner.step)

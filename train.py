@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 import cli
 import utils
-from callbacks import EarlyStopping, WeightAverage
+from callbacks import EarlyStopping, TensorBoard, WeightAverage
 from files import CheckpointError, read_file, write_bytes, write_file
 from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
 from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
@@ -92,6 +92,7 @@ class Config:
     output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
     gif_frames: int = 40  # pictures in the GIF; 0 for none
     gif_frame_duration: int = 250  # milliseconds that each is shown
+    tensorboard: bool = False  # also write scalars and pictures to runs/, for tensorboard --logdir runs
     resume: bool = False  # go on from the last checkpoint of the run of this name
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
@@ -142,6 +143,7 @@ class Files:
         self.lock = self.saved / f"{self.name}.lock"
         self.curves = self.figures / f"{self.name}_curves.png"
         self.frames = self.figures / f"{self.name}_frames"
+        self.tensorboard = root / "runs" / self.name
         self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
         self.gif = root / f"animation_{config.name or config.model.removeprefix('timm:') + suffix}.gif"
 
@@ -197,6 +199,8 @@ def main() -> None:
         if config.patience:
             stopping = EarlyStopping(runner, config.monitor, config.patience, config.min_improvement)
             stopping.on_best = lambda runner: runner.eval_model.save(files.best, **data.metadata)
+        if config.tensorboard:
+            TensorBoard(runner, files.tensorboard, val_loader, data.classes)
         if config.resume:
             resume(runner, config, files)
         files.prepare()
@@ -408,7 +412,16 @@ def resume(runner: Runner, config: Config, files: Files) -> None:
     print(f"resuming after epoch {runner.epoch}, step {runner.step}")
 
 
-CHANGEABLE = ("data_dir", "device", "name", "output_dir", "resume", "resume_changed", "checkpoint_minutes")
+CHANGEABLE = (
+    "data_dir",
+    "device",
+    "name",
+    "output_dir",
+    "tensorboard",
+    "resume",
+    "resume_changed",
+    "checkpoint_minutes",
+)
 
 
 def keep_interrupted_run(files: Files) -> None:
@@ -485,21 +498,7 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
     if isinstance(runner.eval_model, TimmModel):
         print("no pictures of attention: timm's models do not give their attention weights")
     if isinstance(runner.eval_model, VisionTransformer):
-        loader = data.loader("test", 4, runner.device)
-        images, labels = next(iter(loader))
-        with torch.no_grad():
-            output = runner.eval_model.eval()(images, return_attention=True)
-        utils.visualize_attention_maps(
-            images.cpu(),
-            output["attention_weights"].cpu(),
-            patch_size=config.patch_size,
-            mean=data.mean,
-            std=data.std,
-            classes=data.classes,
-            labels=labels.cpu(),
-            logits=output["logits"].cpu(),
-            path=files.attention,
-        )
+        utils.draw_attention(runner.eval_model, data.loader("test", 4, runner.device), data.classes, files.attention)
         written.append(files.attention)
     return written
 

@@ -347,6 +347,27 @@ def visualize_attention_maps(
     return figure
 
 
+def draw_attention(model, loader, classes: list[str], path: str | Path | None = None, images: int = 4) -> Figure:
+    """Attention maps of a Vision Transformer's last block on the first images of an ImageLoader."""
+    batch, labels = next(iter(loader))
+    batch, labels = batch[:images].to(next(model.parameters()).device), labels[:images]
+    was_training = model.training
+    with torch.no_grad():
+        output = model.eval()(batch, return_attention=True)
+    model.train(was_training)
+    return visualize_attention_maps(
+        batch.cpu(),
+        output["attention_weights"].cpu(),
+        patch_size=model.config["patch_size"],
+        mean=loader.mean,
+        std=loader.std,
+        classes=classes,
+        labels=labels.cpu(),
+        logits=output["logits"].cpu(),
+        path=path,
+    )
+
+
 def attention_of_patches(attention_weights: torch.Tensor, block: int) -> torch.Tensor:
     """Of one block: `(batch, heads, grid, grid)` over the patches, in units of uniform attention."""
     shape = tuple(attention_weights.shape)

@@ -260,6 +260,7 @@ TESTED_ELSEWHERE = {
     "output_dir",
     "gif_frames",
     "gif_frame_duration",
+    "tensorboard",
     "patience",
     "monitor",
     "min_improvement",

@@ -1,0 +1,85 @@
+"""--tensorboard, read back by TensorBoard's own reader."""
+
+import copy
+import sys
+
+import pytest
+from test_robustness import run_main
+from test_runner import same_weights, stop_at, vit_runner
+from test_train import MODEL, quick
+
+from callbacks import TensorBoard
+
+pytest.importorskip("tensorboard")
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+
+
+def read(folder):
+    """Scalars as {tag: [(step, value)]} and pictures as {tag: [(step, width)]}."""
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars, {tag: [(e.step, e.width) for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def logged(folder, digits, state=None):
+    """A runner after two epochs, or the rest of them from `state` on, that wrote to `folder`."""
+    runner, train_loader, val_loader = vit_runner(digits, epochs=2)
+    TensorBoard(runner, folder, val_loader, digits.classes)
+    if state:
+        runner.load_state_dict(state)
+    runner.train(train_loader, val_loader, epochs=2 - runner.epoch)
+    return runner
+
+
+def assert_written(folder, runner):
+    scalars, pictures = read(folder)
+    for split in ("train", "val"):
+        for quantity in ("loss", "accuracy"):
+            steps, values = zip(*scalars[f"{quantity}/{split}"], strict=True)
+            assert list(steps) == runner.metrics[f"{split}_step"]
+            assert list(values) == pytest.approx(runner.metrics[f"{split}_{quantity}"])
+    rates = [rate for _, rate in scalars["learning_rate"]]
+    assert 0 <= rates[-1] < rates[0] <= 0.003
+    assert {tag: [step for step, _ in entries] for tag, entries in pictures.items()} == {
+        "progress": runner.metrics["val_step"],
+        "attention": runner.metrics["val_step"],
+    }
+    assert min(width for entries in pictures.values() for _, width in entries) > 400
+
+
+def test_it_holds_what_the_runner_measured_and_training_is_not_touched(tmp_path, digits):
+    runner = logged(tmp_path, digits)
+    assert_written(tmp_path, runner)
+    plain, train_loader, val_loader = vit_runner(digits, epochs=2)
+    plain.train(train_loader, val_loader, epochs=2)
+    assert same_weights(plain.model, runner.model) and plain.metrics == runner.metrics
+
+
+@pytest.mark.parametrize("event", ["step_end", "epoch_end"])  # before and after the validation at step 4
+def test_a_resumed_run_goes_on_in_the_same_curves_without_what_was_lost(tmp_path, digits, event):
+    """Killed at step 7, resumed from the checkpoint of step 4; a run before had written to the same place."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss/val", 9.0, 99)
+    state = {}
+    first, train_loader, val_loader = vit_runner(digits, epochs=2)
+    TensorBoard(first, tmp_path, val_loader, digits.classes)
+    first.callbacks[event].append(lambda runner: runner.step == 4 and state.update(copy.deepcopy(runner.state_dict())))
+    first.callbacks["step_end"].append(stop_at(7))
+    first.train(train_loader, val_loader, epochs=2)
+    assert_written(tmp_path, logged(tmp_path, digits, state=state))
+
+
+def test_the_flag_writes_to_runs_and_only_the_flag(tmp_path):
+    quick(tmp_path / "with", "--tensorboard")
+    scalars, _ = read(tmp_path / "with" / "runs" / MODEL)
+    assert len(scalars["loss/val"]) == 1
+    quick(tmp_path / "without")
+    assert not (tmp_path / "without" / "runs").exists()
+
+
+def test_without_tensorboard_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, errors = run_main(monkeypatch, tmp_path, "--batch_size", "8", "--tensorboard")
+    assert code == 2 and "pip install tensorboard" in errors and len(errors.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
