@@ -1,13 +1,16 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
     python benchmark.py                          # training step, pipeline, and how cost grows: under ten minutes
+    python benchmark.py --augmentation           # what each augmentation costs: five minutes
     python benchmark.py --time_to_accuracy       # seconds until 60.63 % validation accuracy, three seeds each
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
 medians, as ratios. Tables are printed and stored as JSON under figures/. Needs requirements-dev.txt.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +38,12 @@ from tqdm import tqdm
 import cli
 import train
 import utils
+from augment import NAMES, import_torchvision
 from files import write_bytes
 from network import VisionTransformer
 from optim import build_optimizer, build_schedule
 from runner import Runner
-from setup_cifar import Dataset, Split, import_torchvision, load_data
+from setup_cifar import Dataset, Split, load_data
 
 TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20 epochs
 
@@ -47,6 +52,7 @@ TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20
 class Config:
     """Compare speeds."""
 
+    augmentation: bool = False  # what each augmentation costs: images/s of the loader alone and of a training epoch
     time_to_accuracy: bool = False  # train reference and quick ViT until 60.63 % validation accuracy
     seeds: int = 3  # runs of each in time_to_accuracy
     contender: str | None = None  # one run: reference or quick (of time_to_accuracy), or cct_2 with its authors' recipe
@@ -71,6 +77,9 @@ def main() -> None:
             save(folder / f"time_to_accuracy_{config.contender}_{config.seed}.json", time_run(config))
     elif config.time_to_accuracy:
         time_to_accuracy(config, folder)
+    elif config.augmentation:
+        results = {"images_per_second": compare_augmentations(config), "provenance": cli.provenance()}
+        save(folder / "augmentation_cost.json", results)
     else:
         results = {"step": compare_steps(config), "pipeline": compare_pipeline(config), "cost": measure_cost(config)}
         save(folder / "benchmark.json", {**results, "provenance": cli.provenance()})
@@ -259,7 +268,7 @@ def synthetic_data(images: int = 4096) -> Dataset:
 def compare_pipeline(config: Config) -> dict:
     """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
     data = synthetic_data()
-    loader = data.loader("train", 128, shuffle=True, augment=True)
+    loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
     images, labels = next(iter(loader))
     model = VisionTransformer(pooling="mean")
     bare = our_step(model, images, labels, "muon")
@@ -280,6 +289,32 @@ def compare_pipeline(config: Config) -> dict:
     print(f"| whole epoch: shuffling, augmentation, metrics, progress bar | {rates['whole']:,.0f} |")
     print(f"| ratio | {share:.3f} |")
     return {"images_per_second": rates, "ratio": share}
+
+
+def compare_augmentations(config: Config) -> dict:
+    """images/s of each augmentation, of the loader alone and of an epoch of the default ViT, all in turns."""
+    data = synthetic_data(1024)
+    runs = {}
+    for name in NAMES:
+        loader = data.loader("train", 128, shuffle=True, augment=name)
+        model = VisionTransformer(pooling="mean")
+        optimizer = build_optimizer(model)
+        runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", build_schedule(optimizer, 10_000))
+        runs[name, "loader"] = lambda loader=loader: deque(loader, maxlen=0)  # takes every batch and keeps none
+        runs[name, "epoch"] = lambda loader=loader, runner=runner: runner.train(loader, epochs=1)
+    with contextlib.redirect_stdout(io.StringIO()):  # the runner's line for each epoch
+        seconds = take_turns(runs, config.repeats, warmup=1)
+    rates = {name: {} for name in NAMES}
+    for (name, what), values in seconds.items():
+        rates[name][what] = len(data.train) / statistics.median(values)
+    print(f"\nAugmentation, batch 128, {config.threads} thread(s), medians of {config.repeats} turns\n")
+    print(
+        "| augment | loader alone, images/s | training the default ViT, images/s | against none |\n|---|---:|---:|---:|"
+    )
+    for name, rate in rates.items():
+        share = rate["epoch"] / rates["none"]["epoch"] - 1
+        print(f"| {name} | {rate['loader']:,.0f} | {rate['epoch']:,.0f} | {share:+.0%} |")
+    return rates
 
 
 # ----------------------------------------------------------------------------------------------- how cost grows
@@ -392,7 +427,7 @@ def time_run(config: Config) -> dict:
         quick = dataclasses.replace(train.Config(), **train.PRESETS["quick"])
         train.use_defaults(quick)
         model, epochs = train.build_model(quick, data), quick.epochs
-        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=True, seed=config.seed)
+        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=quick.augment, seed=config.seed)
         val_loader = data.loader("val", 500)
         optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay)
         schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)

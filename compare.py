@@ -41,7 +41,7 @@ from runner import choose_device
 from setup_cifar import ImageLoader, load_data
 
 RECIPES = {  # name -> flags to train.py
-    "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --no-augment --label_smoothing 0 "
+    "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
     "--weight_decay 0 --pooling cls",
     "default": "",
 }

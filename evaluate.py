@@ -8,6 +8,7 @@ Writes figures/<name>_confusion.png, <name>_calibration.png and <name>_mistakes.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,12 +104,21 @@ def load_trained(path: str | Path, device: str | torch.device = "cpu") -> Module
     return model
 
 
+def image_size(model: Module) -> int:
+    """Side in pixels of the images that a model takes."""
+    return model.config.get("img_size") or math.isqrt(model.config["input_size"] // 3)
+
+
 def test_loader(model: Module, data_dir: str | None, batch_size: int, device: str | torch.device) -> ImageLoader:
     """The test images of the data set that the model was trained on, normalised as they were in training."""
-    data = load_data(model.metadata["dataset"], data_dir)
-    if model.metadata["classes"] != data.classes:  # trained on some of them
-        data = data.select(model.metadata["classes"])
-    return ImageLoader(data.test, batch_size, model.metadata["mean"], model.metadata["std"], device)
+    metadata = model.metadata
+    source = metadata.get("source", metadata["dataset"])  # a folder's path; files of older models have the name alone
+    data = load_data(source, data_dir, img_size=image_size(model))
+    if data.classes != metadata["classes"]:  # trained on some of them
+        if not set(metadata["classes"]) <= set(data.classes):
+            raise CheckpointError(f"the classes in {source} are no longer those that the model was trained on")
+        data = data.select(metadata["classes"])
+    return ImageLoader(data.test, batch_size, metadata["mean"], metadata["std"], device)
 
 
 @torch.no_grad()
@@ -194,29 +204,32 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, title: str) -> Figure:
-    """What each right class (row) is taken for (column), in percent of the row; mistakes by depth of colour."""
+    """What each right class (row) is taken for (column), in percent of the row; mistakes by depth of colour, which is
+    all that there is room for with more than 20 classes."""
     counts = torch.tensor(matrix, dtype=torch.float64)
     percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     mistakes = percent.clone().fill_diagonal_(0)
-    side, margin = 46 * len(classes), 30 + 8 * max(len(name) for name in classes)
+    many = len(classes) > 20
+    cell, size = (12, 6.5) if many else (46, 9.5)
+    side, margin = cell * len(classes), 30 + 8 * max(len(name) for name in classes)
     figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, dpi=200)
     utils.add_text(figure, 14, 28, f"{title}: what is taken for what", size=13, weight="bold")
     utils.add_text(figure, 14, 48, "percent of each right class (row), by predicted class (column)", size=9.5)
     axes = utils.add_axes(figure, margin, 128, side, side)
     axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, 1.4 * mistakes.max().item()))
     for row in range(len(classes)):
-        for column in range(len(classes)):
+        axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=utils.GREEN, linewidth=0))
+        for column in range(0 if many else len(classes)):
             value = percent[row, column].item()
             style = {"color": utils.DARK if value >= 0.5 else utils.GREY, "size": 9.5}
             if row == column:
-                axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=utils.GREEN, linewidth=0))
                 style = {"color": "white", "size": 10.5, "weight": "bold"}
             axes.text(column, row, f"{value:.0f}", ha="center", va="center_baseline", **style)
     slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if max(map(len, classes)) > 6 else {}
-    axes.set_xticks(range(len(classes)), classes, **slant)
+    axes.set_xticks(range(len(classes)), classes, **({"rotation": 90} if many else slant))
     axes.set_yticks(range(len(classes)), classes)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=9.5, labelcolor=utils.DARK)
+    axes.tick_params(length=0, labelsize=size, labelcolor=utils.DARK)
     axes.spines[:].set_visible(False)
     utils.save_figure(figure, path)
     return figure

@@ -1,15 +1,25 @@
-"""Files: written whole or not at all, and checked when they are read."""
+"""Files: written and downloaded whole or not at all, and checked when they are read."""
 
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
+import sys
+import time
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+
+class DownloadError(ValueError):
+    """A file that could not be fetched, with the reason in one line."""
 
 
 class CheckpointError(ValueError):
@@ -90,3 +100,71 @@ def _digest(contents: Any) -> str:
 
     add(contents)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- downloads
+
+
+def file_md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.md5()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float = 20, wait: float = 2) -> None:
+    """Fetch `url` to `path` with a progress bar; a broken transfer goes on from where it stopped.
+
+    The bytes collect in `<path>.part`, which becomes `path` only once its md5 is right. A hanging server is given
+    `timeout` seconds, and `wait` seconds (doubling) lie between attempts.
+
+    Raises:
+        DownloadError: after the last attempt, with the reason.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reason = ""
+    for attempt in range(attempts):
+        if attempt:
+            print(f"download interrupted ({reason}); trying again ({attempt + 1} of {attempts})", file=sys.stderr)
+            time.sleep(wait * 2 ** (attempt - 1))
+        try:
+            transfer(url, part, timeout)
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {error.reason}"
+            if error.code == 416:  # nothing beyond what we have: the partial file is not a beginning of this one
+                part.unlink(missing_ok=True)
+            elif error.code < 500 and error.code not in (408, 429):
+                break
+        except urllib.error.URLError as error:
+            reason = str(error.reason)
+            if not part.exists():  # no connection at all: waiting longer will not help
+                break
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+        else:
+            if file_md5(part) == md5:
+                part.replace(path)
+                return
+            reason = "what arrived is not the genuine file: its md5 differs"
+            part.unlink()
+    raise DownloadError(f"{path.name} could not be downloaded from {url} ({reason})")
+
+
+def transfer(url: str, part: Path, timeout: float) -> None:
+    """One attempt: append to `part` what is missing, or start anew where the server ignores Range."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        resumed = response.status == 206
+        length = response.headers.get("Content-Length")
+        total = None if length is None else int(length) + (have if resumed else 0)
+        have, title = have if resumed else 0, f"downloading {part.stem}"
+        bar = tqdm(desc=title, total=total, initial=have, unit="B", unit_scale=True)
+        with open(part, "ab" if resumed else "wb") as file, bar:
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError("the connection broke off")

@@ -381,7 +381,7 @@ def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn
     Raises:
         ValueError: timm is not installed, or has no such model, or one without stochastic depth where that is wanted.
     """
-    from setup_cifar import import_torchvision
+    from augment import import_torchvision
 
     try:
         import_torchvision()

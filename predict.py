@@ -7,9 +7,7 @@ Prints the five likeliest classes of each and saves figures/<name>_prediction.pn
 that cannot be read gets one line on stderr, the others are still done, and the exit code is 1.
 """
 
-import math
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +15,15 @@ import numpy as np
 import torch
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional
 
 import cli
 import explain
 import utils
-from evaluate import load_trained
+from evaluate import image_size, load_trained
+from image_folder import ImageError, central_square, read_image, to_array
 from network import Module, TimmModel, VisionTransformer
 from runner import choose_device
 
@@ -37,10 +36,6 @@ class Config:
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
     output_dir: str = "figures"  # the folder that pictures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
-
-
-class ImageError(ValueError):
-    """A file that cannot be read as an image, with the reason in one line."""
 
 
 def main() -> None:
@@ -84,62 +79,9 @@ def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
 # ------------------------------------------------------------------------------------------- from a file to the model
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as upright 8-bit RGB, of several (an animation) the first, on white where transparent.
-
-    Raises:
-        ImageError: no such file, no image, truncated or damaged, or so large that it might be a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures, and of oddities that it can read
-            with Image.open(file) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image of a format that Pillow reads") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise ImageError(f"{path} would unpack to more than {limit:.0f} megapixels: a decompression bomb?") from None
-    except Exception as error:  # Pillow's many readers answer a damaged file with many kinds of exception
-        if isinstance(error, OSError) and error.strerror:  # the system's word: no such file, a folder, not permitted
-            raise ImageError(f"cannot read {path}: {error.strerror}") from None
-        raise ImageError(f"{path} is truncated or damaged ({' '.join(str(error).split())})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes to RGB: 16-bit greys scaled to 8, floats and other integers stretched from their lowest to
-    their highest value, transparent pixels put on white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = values.min(), values.max()
-        if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high < 65536):
-            low, high = 0, 65535  # mode I is also how Pillow gives a 16-bit PGM
-        values = (values - low) / max(high - low, 1e-12)
-        return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def central_square(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side resized to `side` pixels, and the centre cut out of the longer one, in one step."""
-    shorter = min(image.size)
-    left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
-    box = (left, top, left + shorter, top + shorter)
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-
-
-def image_size(model: Module) -> int:
-    """Side in pixels of the images that a model takes."""
-    return model.config.get("img_size") or math.isqrt(model.config["input_size"] // 3)
-
-
 def to_input(image: Image.Image, model: Module) -> torch.Tensor:
     """An RGB image as the model takes it, `(1, 3, img_size, img_size)`, normalised as in training."""
-    pixels = torch.from_numpy(np.array(central_square(image, image_size(model)))).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(to_array(image, image_size(model)))[None]
     mean, std = (torch.tensor(model.metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std
 

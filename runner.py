@@ -123,7 +123,8 @@ class Runner:
     def train(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: int = 20) -> dict[str, list]:
         """Train for `epochs` more epochs, with validation after each; returns `metrics`.
 
-        Loaders give `(images, labels)` batches: the project's ImageLoader or a torch DataLoader.
+        Loaders give `(images, labels)` batches: the project's ImageLoader or a torch DataLoader. Labels in training may
+        also be probabilities `(batch, classes)`: in the accuracy the likeliest class then counts as the right one.
 
         Raises:
             NonFiniteLoss: the training or validation loss, or a gradient, is infinite or not a number.
@@ -353,6 +354,8 @@ class Totals:
         """`loss` is the mean over this batch."""
         self.images += len(labels)
         self._loss += loss.detach() * len(labels)
+        if labels.ndim == 2:
+            labels = labels.argmax(dim=1)
         self._correct += (logits.detach().argmax(dim=1) == labels).sum()
 
     @property

@@ -1,22 +1,21 @@
 """Image data: fetch it, verify it, split it, and serve it in augmented batches.
 
     python setup_cifar.py                       # CIFAR-10 into data/, verified, with a sample sheet
+    python setup_cifar.py --dataset cifar100    # the same for CIFAR-100
     python setup_cifar.py --dataset digits      # scikit-learn's handwritten digits: no network needed
+    python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see image_folder.py)
+    python setup_cifar.py --augmentations       # also a sheet of what each augmentation does
 
 Images are held as uint8 tensors `(images, 3, height, width)` on the training device; a batch is cropped, flipped and
-normalised there by a few vectorised operations. What happens to an image is a function of (seed, epoch, image) alone.
+normalised there by a few vectorised operations. What else may happen to training images is told in augment.py.
 """
 
 import dataclasses
 import hashlib
-import http.client
 import os
 import pickle
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +28,54 @@ from tqdm import tqdm
 
 import cli
 import utils
+from augment import Augmentation, draw_augmentations
+from files import DownloadError, download, file_md5
+from image_folder import read_folder
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_ARCHIVE = ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
-CIFAR10_FOLDER = "cifar-10-batches-py"
-CIFAR10_FILES = {  # name -> md5, as published with torchvision.datasets.CIFAR10
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+
+@dataclass(frozen=True)
+class Cifar:
+    """One of the two CIFAR archives (Krizhevsky 2009), md5 sums as published with torchvision.datasets."""
+
+    title: str
+    url: str
+    archive: str
+    md5: str  # of the archive
+    folder: str  # in the archive and in the data folder
+    files: dict[str, str]  # name -> md5: the training images, then the test images, last the class names
+    labels: str = ""  # what their names begin with in the files
+
+
+CIFAR = {
+    "cifar10": Cifar(
+        title="CIFAR-10",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        archive="cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+        folder="cifar-10-batches-py",
+        files={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        },
+    ),
+    "cifar100": Cifar(
+        title="CIFAR-100",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        archive="cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        folder="cifar-100-python",
+        files={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+        labels="fine_",  # of 100 classes, beside the 20 coarse ones
+    ),
 }
 
 
@@ -67,7 +102,8 @@ class Dataset:
     """Train, validation and test split, with what is needed to use a model trained on them.
 
     `mean` and `std` are per channel, of the training split's pixels scaled to [0, 1]. `flip` says whether a mirrored
-    image still belongs to its class (true of photographs, not of digits).
+    image still belongs to its class (true of photographs, not of digits). `source` is what `load_data` finds the data
+    by again: a folder's path, otherwise the name.
     """
 
     name: str
@@ -76,9 +112,11 @@ class Dataset:
     val: Split
     test: Split
     flip: bool
+    source: str | None = None
 
     def __post_init__(self):
-        pixels = self.train.images.float() / 255
+        self.source = self.source or self.name
+        pixels = self.train.images.float().div_(255)
         self.mean = pixels.mean(dim=(0, 2, 3)).tolist()
         self.std = pixels.std(dim=(0, 2, 3)).tolist()
 
@@ -88,8 +126,9 @@ class Dataset:
 
     @property
     def metadata(self) -> dict:
-        """What a saved model needs to say about its data, so that it can be used."""
-        return {"dataset": self.name, "classes": self.classes, "mean": self.mean, "std": self.std}
+        """What a saved model needs to say about its data, so that it can be used and its test images be found."""
+        names = {"dataset": self.name, "source": self.source, "classes": self.classes}
+        return {**names, "mean": self.mean, "std": self.std}
 
     def select(self, names: list[str]) -> "Dataset":
         """The images of these classes alone, labelled 0, 1, ... in the order given.
@@ -122,17 +161,19 @@ class Dataset:
 
     def loader(self, split: Literal["train", "val", "test"], batch_size: int, device="cpu", **options) -> "ImageLoader":
         """Batches of one split, normalised with the training split's mean and standard deviation."""
-        options = {"flip": self.flip, **options}
+        options = {"flip": self.flip, "num_classes": len(self.classes), **options}
         return ImageLoader(getattr(self, split), batch_size, self.mean, self.std, device=device, **options)
 
 
 class ImageLoader:
     """Iterates over `(images, labels)` batches: float32 `(batch, 3, height, width)` normalised, int64 `(batch,)`.
 
-    With `shuffle` the order changes every epoch. With `augment` each image is padded by `padding` pixels (reflected;
-    default an eighth of its side: 4 for 32) and cropped at a random place, and mirrored half of the time where `flip`
-    is set. Order, crop and mirroring depend on `(seed, epoch, image)` only: not on the batch size, nor on where an
-    epoch was taken up again.
+    With `shuffle` the order changes every epoch. `augment` names what is done to the images (see augment.py): they are
+    padded by `padding` pixels (default an eighth of their side: 4 for 32) before they are cropped, and mirrored where
+    `flip` is set. Mixup and cutmix need `num_classes` and turn labels into probabilities, float32 `(batch, classes)`.
+
+    Order and augmentation depend on `(seed, epoch, image)` only, not on the batch size, nor on where an epoch was taken
+    up again; mixup and cutmix on the batch too, but not on where the epoch was taken up.
     """
 
     def __init__(
@@ -143,8 +184,9 @@ class ImageLoader:
         std: list[float],
         device: str | torch.device = "cpu",
         shuffle: bool = False,
-        augment: bool = False,
+        augment: str = "none",
         flip: bool = True,
+        num_classes: int | None = None,
         padding: int | None = None,
         seed: int = 0,
     ):
@@ -152,12 +194,13 @@ class ImageLoader:
         self.labels = split.labels.to(device)
         self.batch_size = batch_size
         self.mean, self.std = mean, std
+        padding = self.images.shape[-1] // 8 if padding is None else padding
+        self.augmentation = Augmentation(augment, num_classes, flip, padding, mean)
         # (x / 255 - mean) / std, as one multiplication and one addition
         mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self.shift = (-mean / std).view(1, -1, 1, 1)
-        self.shuffle, self.augment, self.flip, self.seed = shuffle, augment, flip, seed
-        self.padding = self.images.shape[-1] // 8 if padding is None else padding
+        self.shuffle, self.seed = shuffle, seed
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -173,46 +216,39 @@ class ImageLoader:
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        n, device = self.num_images, self.images.device
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(n, generator=random) if self.shuffle else torch.arange(n)
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, n), generator=random).to(device)
-        mirrored = (torch.rand(n, generator=random) < 0.5).to(device)
-        order = order[self.first_batch * self.batch_size :].to(device)
+        order = torch.randperm(self.num_images, generator=random) if self.shuffle else torch.arange(self.num_images)
+        draws = self.augmentation.draw(self.num_images, len(self), random)
+        first_batch = self.first_batch
         self.set_epoch(self.epoch + 1)  # for a caller who never says which epoch it is
-        if not len(order):  # taken up again after the last batch; and `split` would give one empty batch
-            return
-        for batch in order.split(self.batch_size):
-            images = self.images[batch]
-            if self.augment:
-                images = random_crop(images, self.padding, *offsets[:, batch])
-                if self.flip:
-                    images = torch.where(mirrored[batch].view(-1, 1, 1, 1), images.flip(3), images)
-            yield torch.addcmul(self.shift, images, self.scale), self.labels[batch]
-
-
-def random_crop(images: torch.Tensor, padding: int, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Pad `(batch, channels, height, width)` images by reflection and cut image i back out at `(top[i], left[i])`."""
-    height, width = images.shape[2:]
-    padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (batch, channels, tops, lefts, height, width): a view
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+        for number in range(first_batch, len(self)):
+            members = order[number * self.batch_size : (number + 1) * self.batch_size]
+            here = members.to(self.images.device)
+            images, labels = self.augmentation.apply(self.images[here], self.labels[here], draws, members, number)
+            yield torch.addcmul(self.shift, images, self.scale), labels
 
 
 def load_data(
-    dataset: str = "auto", data_dir: str | Path | None = None, val_fraction: float = 0.2, split_seed: int = 0
+    dataset: str = "auto",
+    data_dir: str | Path | None = None,
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+    img_size: int = 32,
 ) -> Dataset:
     """The data set by name, with a seeded random train/validation split.
 
     Args:
-        dataset: "cifar10", "digits", or "auto": CIFAR-10 where it can be had, else digits with a warning.
-        data_dir: where CIFAR-10 lies or goes; None means the environment's DATA_DIR, else `data`.
-        val_fraction: the part of the training images that is held out for validation.
+        dataset: "cifar10", "cifar100", "digits", "auto" (CIFAR-10 where it can be had, else digits with a warning), or
+            a folder of pictures, laid out as image_folder.py says.
+        data_dir: where CIFAR lies or goes; None means the environment's DATA_DIR, else `data`.
+        val_fraction: the part of the training images that is held out for validation, where a folder has none.
         split_seed: which images these are. It does not change with the training seed, so that validation images of
             one run are never training images of another.
+        img_size: side in pixels that a folder's pictures are brought to; the other data sets have 32.
 
     Raises:
-        DataError: unknown name, a damaged file, or CIFAR-10 cannot be downloaded; nothing half-written is left.
+        DataError: unknown name, a damaged file, or CIFAR cannot be downloaded; nothing half-written is left.
+        ImageError: a folder that is no data set.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is the part held out for validation, between 0 and 1: {val_fraction} is not")
@@ -223,12 +259,14 @@ def load_data(
         except DownloadError as error:
             warn_about_digits(error)
             dataset = "digits"
-    if dataset == "cifar10":
-        train, test, classes = read_cifar10(folder)
-    elif dataset == "digits":
-        train, test, classes = read_digits()
+    if dataset not in (*CIFAR, "digits"):
+        return load_folder(dataset, img_size, val_fraction, split_seed)
+    if img_size != 32:
+        raise DataError(f"img_size {img_size} is for folders of pictures: the images of {dataset} have 32 pixels")
+    if dataset in CIFAR:
+        train, test, classes = read_cifar(CIFAR[dataset], folder)
     else:
-        raise DataError(f"unknown dataset {dataset!r}: choose auto, cifar10 or digits")
+        train, test, classes = read_digits()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     num_val = round(len(train) * val_fraction)
     if not 0 < num_val < len(train):
@@ -243,6 +281,23 @@ def load_data(
     )
 
 
+def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: int) -> Dataset:
+    """Your own pictures, under the name of their folder."""
+    folder = Path(dataset)
+    if not folder.is_dir():
+        raise DataError(
+            f"unknown dataset {dataset!r}: choose auto, {', '.join(CIFAR)}, digits, or a folder with "
+            "train/<class>/*.jpg in it"
+        )
+    classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
+    name = folder.resolve().name or "pictures"
+    if name in (*CIFAR, "digits"):
+        name += "_folder"  # so that what is written is not taken for results on the genuine data
+    return Dataset(
+        name, classes, **{name: Split(*pair) for name, pair in splits.items()}, flip=True, source=str(folder)
+    )
+
+
 def warn_about_digits(error: Exception) -> None:
     line = "!" * 100
     print(
@@ -253,140 +308,76 @@ def warn_about_digits(error: Exception) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- CIFAR-10
+# ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
-class DownloadError(DataError):
-    """The archive could not be fetched."""
+def read_cifar(cifar: Cifar, data_dir: Path) -> tuple[Split, Split, list[str]]:
+    """The 50,000 training and 10,000 test images and the class names, each file md5-checked.
 
-
-def read_cifar10(data_dir: Path) -> tuple[Split, Split, list[str]]:
-    """CIFAR-10's 50,000 training and 10,000 test images and its class names (Krizhevsky 2009), each file md5-checked.
-
-    Looks for `cifar-10-batches-py` in `data_dir`, else unpacks `cifar-10-python.tar.gz` there, else downloads it.
+    Looks for the folder (`cifar-10-batches-py`) in `data_dir`, else unpacks the archive there, else downloads it.
     """
-    folder = data_dir / CIFAR10_FOLDER
-    if any(not (folder / name).exists() for name in CIFAR10_FILES):
+    folder = data_dir / cifar.folder
+    if any(not (folder / name).exists() for name in cifar.files):
         try:
-            unpack(find_or_download_archive(data_dir), folder)
+            unpack(cifar, find_or_download_archive(cifar, data_dir), folder)
         except DownloadError as error:
-            missing = [name for name in CIFAR10_FILES if not (folder / name).exists()]
-            if len(missing) < len(CIFAR10_FILES):  # a broken folder is an error; no folder may fall back to digits
+            missing = [name for name in cifar.files if not (folder / name).exists()]
+            if len(missing) < len(cifar.files):  # a broken folder is an error; no folder may fall back to digits
                 raise DataError(f"{folder} lacks {', '.join(missing)}, and {error}") from None
             raise
-    contents = {name: pickle.loads(read_verified(folder / name), encoding="latin1") for name in CIFAR10_FILES}
+    *train, test, meta = (
+        pickle.loads(read_verified(folder / name, md5), encoding="latin1") for name, md5 in cifar.files.items()
+    )
 
-    def split(names: list[str]) -> Split:
-        images = np.concatenate([contents[name]["data"] for name in names]).reshape(-1, 3, 32, 32)
-        labels = np.concatenate([contents[name]["labels"] for name in names])
+    def split(parts: list[dict]) -> Split:
+        images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+        labels = np.concatenate([part[f"{cifar.labels}labels"] for part in parts])
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
-    train = split([f"data_batch_{i}" for i in range(1, 6)])
-    return train, split(["test_batch"]), contents["batches.meta"]["label_names"]
+    return split(train), split([test]), meta[f"{cifar.labels}label_names"]
 
 
-def read_verified(path: Path) -> bytes:
-    """The bytes of one CIFAR-10 file, only if its md5 is the published one: a pickle is code until it is verified."""
+def read_verified(path: Path, md5: str) -> bytes:
+    """The bytes of one CIFAR file, only if its md5 is the published one: a pickle is code until it is verified."""
     try:
         contents = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.md5(contents).hexdigest() != CIFAR10_FILES[path.name]:
+    if hashlib.md5(contents).hexdigest() != md5:
         raise DataError(
             f"{path} is damaged or not the genuine file (its md5 differs): delete it and run python setup_cifar.py"
         )
     return contents
 
 
-def find_or_download_archive(data_dir: Path) -> Path:
-    name, md5 = CIFAR10_ARCHIVE
-    archive = data_dir / name
+def find_or_download_archive(cifar: Cifar, data_dir: Path) -> Path:
+    archive = data_dir / cifar.archive
     if archive.exists():
-        if file_md5(archive) != md5:
+        if file_md5(archive) != cifar.md5:
             raise DataError(f"{archive} is damaged or incomplete (its md5 differs): delete it and try again")
     else:
-        download(os.environ.get("CIFAR10_URL", CIFAR10_URL), archive, md5)
+        url = os.environ.get(f"{cifar.title.replace('-', '')}_URL", cifar.url)  # CIFAR10_URL, CIFAR100_URL
+        try:
+            download(url, archive, cifar.md5)
+        except DownloadError as error:
+            raise DownloadError(
+                f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, name its place with --data_dir or "
+                "DATA_DIR, or use --dataset digits."
+            ) from None
     return archive
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(cifar: Cifar, archive: Path, folder: Path) -> None:
     """Write the known members of the archive that `folder` lacks; no name inside the archive becomes a path."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "r:gz") as tar:
-        for name in tqdm(CIFAR10_FILES, desc="unpacking CIFAR-10", unit="file"):
+        for name in tqdm(cifar.files, desc=f"unpacking {cifar.title}", unit="file"):
             if (folder / name).exists():
                 continue
-            contents = tar.extractfile(f"{CIFAR10_FOLDER}/{name}").read()
+            contents = tar.extractfile(f"{cifar.folder}/{name}").read()
             part = folder / f"{name}.part"
             part.write_bytes(contents)
             part.replace(folder / name)
-
-
-def file_md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.md5()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float = 20, wait: float = 2) -> None:
-    """Fetch `url` to `path` with a progress bar; a broken transfer goes on from where it stopped.
-
-    The bytes collect in `<path>.part`, which becomes `path` only once its md5 is right. A hanging server is given
-    `timeout` seconds, and `wait` seconds (doubling) lie between attempts.
-
-    Raises:
-        DownloadError: after the last attempt, with the reason and the ways out.
-    """
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    reason = ""
-    for attempt in range(attempts):
-        if attempt:
-            print(f"download interrupted ({reason}); trying again ({attempt + 1} of {attempts})", file=sys.stderr)
-            time.sleep(wait * 2 ** (attempt - 1))
-        try:
-            transfer(url, part, timeout)
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # nothing beyond what we have: the partial file is not a beginning of this one
-                part.unlink(missing_ok=True)
-            elif error.code < 500 and error.code not in (408, 429):
-                break
-        except urllib.error.URLError as error:
-            reason = str(error.reason)
-            if not part.exists():  # no connection at all: waiting longer will not help
-                break
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-        else:
-            if file_md5(part) == md5:
-                part.replace(path)
-                return
-            reason = "what arrived is not the genuine file: its md5 differs"
-            part.unlink()
-    raise DownloadError(
-        f"CIFAR-10 could not be downloaded from {url} ({reason}). Put {path.name} (or the folder {CIFAR10_FOLDER}) "
-        f"into {path.parent}, name its place with --data_dir or DATA_DIR, or use --dataset digits."
-    )
-
-
-def transfer(url: str, part: Path, timeout: float) -> None:
-    """One attempt: append to `part` what is missing, or start anew where the server ignores Range."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        resumed = response.status == 206
-        length = response.headers.get("Content-Length")
-        total = None if length is None else int(length) + (have if resumed else 0)
-        bar = tqdm(desc="downloading CIFAR-10", total=total, initial=have if resumed else 0, unit="B", unit_scale=True)
-        with open(part, "ab" if resumed else "wb") as file, bar:
-            while chunk := response.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and part.stat().st_size < total:
-        raise ConnectionError("the connection broke off")
 
 
 # --------------------------------------------------------------------------------------------------------- digits
@@ -404,26 +395,6 @@ def read_digits() -> tuple[Split, Split, list[str]]:
     return everything.subset(~is_test), everything.subset(is_test), [str(digit) for digit in range(10)]
 
 
-# ---------------------------------------------------------------------------------------------------- torchvision
-
-
-def import_torchvision():
-    """The module `torchvision`, also where its compiled operators do not fit the installed torch.
-
-    A torchvision wheel is built for one build of torch; beside another (a CPU-only torch, say) importing it fails with
-    "operator torchvision::nms does not exist". Transforms need no such operator, so it is enough to declare them.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the failed import left behind
-        import torchvision
-    return torchvision
-
-
 # ------------------------------------------------------------------------------------------------------ as a script
 
 
@@ -431,15 +402,17 @@ def import_torchvision():
 class Config:
     """Prepare and verify the data, say what was found, and save a sheet of sample images."""
 
-    dataset: Literal["auto", "cifar10", "digits"] = "cifar10"  # auto: CIFAR-10 where it can be had, else digits
-    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    dataset: str = "cifar10"  # auto (CIFAR-10 where it can be had, else digits), cifar10, cifar100, digits, or a folder
+    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
+    img_size: int = 32  # side in pixels that a folder's pictures are brought to
     figures_dir: str = "figures"  # where the sample sheet goes
+    augmentations: bool = False  # also draw what each augmentation does to the same images
 
 
 def main() -> None:
     config = cli.parse(Config)
     with cli.one_line_errors():
-        data = load_data(config.dataset, config.data_dir)
+        data = load_data(config.dataset, config.data_dir, img_size=config.img_size)
         print(f"{data.name}: {data.image_size}x{data.image_size} RGB images of {len(data.classes)} classes, verified")
         for name in ("train", "val", "test"):
             counts = torch.bincount(getattr(data, name).labels, minlength=len(data.classes)).tolist()
@@ -448,6 +421,14 @@ def main() -> None:
         sheet = Path(config.figures_dir) / f"samples_{data.name}.png"
         utils.draw_samples(data.train.images, data.train.labels, data.classes, sheet)
         print(f"  sample sheet: {sheet}")
+        if config.augmentations:
+            sheet = Path(config.figures_dir) / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
+            first = torch.stack([(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))])[
+                :9
+            ]
+            images, labels = data.train.images[first], data.train.labels[first]
+            draw_augmentations(images, labels, data.classes, sheet, data.flip, data.mean)
+            print(f"  augmentations: {sheet}")
 
 
 if __name__ == "__main__":

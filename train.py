@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 import cli
 import utils
+from augment import parse_augment
 from callbacks import EarlyStopping, TensorBoard, WeightAverage
 from files import CheckpointError, read_file, write_bytes, write_file
 from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
@@ -41,13 +42,16 @@ class Config:
     preset: Literal["default", "quick", "accurate"] = "default"  # other defaults for another aim: see PRESETS below
 
     # data
-    dataset: Literal["auto", "cifar10", "digits"] = "auto"  # auto: CIFAR-10 where it can be had, else digits
-    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    dataset: str = "auto"  # auto (CIFAR-10 where it can be had, else digits), cifar10, cifar100, digits, or a folder
+    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
+    img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
     classes: str | None = None  # names with commas between, cat,dog say, of those to train and test on; default: all
     label_fraction: float = 1.0  # part of the training images that is used, the same of each class
-    augment: bool = True  # random crops and mirroring; --no-augment leaves them out, and a ViT overfits by epoch 10
+    # with none a ViT overfits by epoch 10; then crop_flip, and with it one or several (randaugment+cutmix) of
+    # randaugment, trivialaugment, autoaugment, random_erasing, mixup, cutmix
+    augment: str = "crop_flip"
 
     # model
     model: str = "vit"  # vit, cnn, mlp, or a model of timm by its name: timm:vit_tiny_patch16_224
@@ -161,7 +165,7 @@ def main() -> None:
         use_defaults(config)
         check(config)
         device = choose_device(config.device)
-        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed)
+        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
         if config.classes is not None:
             data = data.select(config.classes.split(","))
         if config.label_fraction < 1:
@@ -286,6 +290,7 @@ def check(config: Config) -> None:
     Raises:
         ValueError: naming the hyperparameter.
     """
+    parse_augment(config.augment)
     for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
@@ -442,7 +443,7 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 
 def add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
     figure_width, figure_height = 100 * figure.get_size_inches()
-    figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, parse_math=False, **style)
+    figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, **style)
 
 
 def tidy(axes: Axes) -> None:
@@ -455,6 +456,8 @@ def tidy(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be called $5
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
     write_bytes(path, buffer.getvalue())

@@ -13,8 +13,9 @@ DATA_DIR = os.environ.get("DATA_DIR")
 
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
-    """No test fetches CIFAR-10 from the internet: nothing listens on this port. Where data lies, tests say."""
+    """No test fetches CIFAR from the internet: nothing listens on this port. Where data lies, tests say."""
     monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("DATA_DIR", raising=False)
 
@@ -28,7 +29,7 @@ def digits():
 def cifar10():
     """The real CIFAR-10, from the environment's DATA_DIR or data/ beside the modules."""
     folder = Path(DATA_DIR or Path(setup_cifar.__file__).parent / "data")
-    if not (folder / setup_cifar.CIFAR10_FOLDER).is_dir():
+    if not (folder / setup_cifar.CIFAR["cifar10"].folder).is_dir():
         pytest.skip("no cifar-10-batches-py in DATA_DIR or data/")
     return setup_cifar.load_data("cifar10", folder)
 

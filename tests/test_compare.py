@@ -109,7 +109,7 @@ def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digi
 
 def test_recipes_are_what_they_are_called(finished):
     reports = [json.loads((finished.folder / f"saved/{name}.json").read_text()) for name in NAMES]
-    plain = {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "warmup": 0.0, "augment": False}
+    plain = {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "warmup": 0.0, "augment": "none"}
     plain |= {"label_smoothing": 0.0, "weight_decay": 0.0, "pooling": "cls", "batch_size": 128}
     sizes = {"hidden_size": 64, "num_heads": 4, "num_blocks": 4, "epochs": 1}
     for report in reports[:2]:

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import network
+from augment import import_torchvision
 from files import CheckpointError, write_file
 from network import (
     CNN,
@@ -23,7 +24,6 @@ from network import (
     TransformerBlock,
     VisionTransformer,
 )
-from setup_cifar import import_torchvision
 
 # For every class, arguments none of which is the default: a `save` or `load` that loses one is noticed.
 UNUSUAL = {

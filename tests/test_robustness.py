@@ -325,6 +325,7 @@ trained = []
     schedule=st.sampled_from(["cosine", "constant", "linear", "step", "one_cycle"]),
     lr=mostly([1e-3, 1e-2], [-1.0, 0.0, float("nan")]),
     warmup=mostly([0.0, 0.1, 0.9], [-0.5, 1.0]),
+    augment=mostly(["none", "crop_flip", "autoaugment+random_erasing", "mixup", "cutmix"], ["rotate", "none+cutmix"]),
     size=st.sampled_from([4, 5, 8, 32]),
 )
 def test_any_hyperparameters_train_or_are_refused_before_anything_is_written(size, **hyperparameters):

@@ -45,7 +45,7 @@ def by_hand(model, images, labels, smoothing=0.0):
     return pytest.approx(sum(losses) / len(losses), rel=1e-5), pytest.approx(right / len(labels))
 
 
-def vit_runner(data, optimizer="muon", seed=0, epochs=3, batch_size=300, augment=True, **options):
+def vit_runner(data, optimizer="muon", seed=0, epochs=3, batch_size=300, augment="crop_flip", **options):
     """A small Vision Transformer with everything that is random in training."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_heads": 2, "num_blocks": 2, "patch_size": 8, "drop_path": 0.3}
@@ -183,7 +183,7 @@ def test_plot_saves_a_picture_and_leaves_the_random_state_alone(digits, tmp_path
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_vision_transformer_learns_the_digits(digits, optimizer):
     runner, train_loader, val_loader = vit_runner(
-        digits, optimizer, epochs=12, batch_size=32, augment=False, hidden_size=32, drop_path=0.0
+        digits, optimizer, epochs=12, batch_size=32, augment="none", hidden_size=32, drop_path=0.0
     )
     metrics = runner.train(train_loader, val_loader, epochs=12)
     assert metrics["train_loss"][-1] < 0.6 * metrics["train_loss"][0]
@@ -234,6 +234,17 @@ def test_long_gradients_are_clipped_and_short_ones_left_alone():
     assert torch.equal(changes[0], changes[1])
     assert changes[2].norm().item() == pytest.approx(0.001, rel=1e-2)
     torch.testing.assert_close(changes[2] / changes[2].norm(), changes[0] / changes[0].norm(), rtol=0.01, atol=1e-3)
+
+
+def test_labels_in_training_may_be_probabilities():
+    """As mixup and cutmix give them: the loss is the cross-entropy against them, the likeliest class the right one."""
+    runner = still_runner()
+    images, labels = noise(50)
+    targets = 0.7 * F.one_hot(labels, 3) + 0.3 * F.one_hot(labels.roll(1), 3)
+    metrics = runner.train(DataLoader(TensorDataset(images, targets), batch_size=4), epochs=1)
+    log_p = runner.model(images).detach().double().log_softmax(dim=1)
+    assert metrics["train_loss"] == [pytest.approx(-(targets * log_p).sum(dim=1).mean().item(), rel=1e-5)]
+    assert metrics["train_accuracy"] == [by_hand(runner.model, images, labels)[1]]
 
 
 # ------------------------------------------------------------------------------------------------------ callbacks
@@ -313,7 +324,7 @@ def test_a_non_finite_loss_is_found_on_an_accelerator_too():
 def test_low_precision_training_is_near_that_of_fp32(digits, precision):
     runners = []
     for name in ("fp32", precision):
-        runner, loader, val_loader = vit_runner(digits, augment=False)
+        runner, loader, val_loader = vit_runner(digits, augment="none")
         runner = Runner(runner.model, runner.optimizer, runner.criterion, "cpu", runner.scheduler, precision=name)
         runner.train(loader, val_loader, epochs=3)
         runners.append(runner)
@@ -339,26 +350,27 @@ def test_an_unknown_precision_is_refused():
         still_runner(precision="fp8")
 
 
-@pytest.fixture(scope="module", params=["muon", "adamw"])
+@pytest.fixture(scope="module", params=[("muon", "crop_flip"), ("adamw", "randaugment+random_erasing+mixup+cutmix")])
 def uninterrupted(request, digits):
-    """The optimiser's name and a runner that has trained for 3 epochs of 4 steps."""
-    runner, train_loader, val_loader = vit_runner(digits, request.param, tokenizer="conv")
+    """The optimiser's name, the augmentation's, and a runner that has trained for 3 epochs of 4 steps."""
+    optimizer, augment = request.param
+    runner, train_loader, val_loader = vit_runner(digits, optimizer, augment=augment, tokenizer="conv")
     assert len(train_loader) == 4
     runner.train(train_loader, val_loader, epochs=3)
-    return request.param, runner
+    return optimizer, augment, runner
 
 
 @pytest.mark.parametrize("step", [2, 4, 11])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path, uninterrupted, step):
-    optimizer, whole = uninterrupted
-    first, train_loader, val_loader = vit_runner(digits, optimizer, tokenizer="conv")
+    optimizer, augment, whole = uninterrupted
+    first, train_loader, val_loader = vit_runner(digits, optimizer, augment=augment, tokenizer="conv")
     first.callbacks["step_end"].append(stop_at(step))
     first.train(train_loader, val_loader, epochs=3)
     assert first.step == step
     write_file(tmp_path / "checkpoint", first.state_dict())
 
     second, _, val_loader = vit_runner(digits, optimizer, seed=9, tokenizer="conv")
-    _, train_loader, _ = vit_runner(digits, optimizer)
+    _, train_loader, _ = vit_runner(digits, optimizer, augment=augment)
     torch.manual_seed(9)
     second.load_state_dict(read_file(tmp_path / "checkpoint"))
     assert not same_weights(second.model, whole.model)

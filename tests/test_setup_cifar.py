@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import setup_cifar
-from setup_cifar import CIFAR10_FOLDER, DataError, DownloadError, ImageLoader, Split, download, load_data
+from setup_cifar import CIFAR, DataError, DownloadError, ImageLoader, Split, download, load_data
+
+CIFAR10_FOLDER = CIFAR["cifar10"].folder
 
 # ------------------------------------------------------------------------------------------------------ helpers
 
@@ -59,24 +62,32 @@ def pack(members, links=()):
 class FakeCifar:
     """A CIFAR-10 of 100 training and 10 test images. Image i is all i; its label is i % 10."""
 
+    name = "cifar10"
+
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        self.files = {}
+        self.folder = CIFAR[self.name].folder
+        self.files = self.make_files()
+        self.use_archive(pack((f"{self.folder}/{name}", data) for name, data in self.files.items()))
+
+    def make_files(self):
+        files = {}
         for number in range(6):
             name = f"data_batch_{number + 1}" if number < 5 else "test_batch"
             values = np.arange(20) + 20 * number if number < 5 else np.arange(200, 210)
             data = np.repeat(values.astype(np.uint8)[:, None], 3072, axis=1)
-            self.files[name] = pickle.dumps({"data": data, "labels": [int(value) % 10 for value in values]}, protocol=2)
-        self.files["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
-        monkeypatch.setattr(setup_cifar, "CIFAR10_FILES", {name: md5(data) for name, data in self.files.items()})
-        self.use_archive(pack((f"{CIFAR10_FOLDER}/{name}", data) for name, data in self.files.items()))
+            files[name] = pickle.dumps({"data": data, "labels": [int(value) % 10 for value in values]}, protocol=2)
+        files["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
+        return files
 
     def use_archive(self, archive):
         self.archive = archive
-        self.monkeypatch.setattr(setup_cifar, "CIFAR10_ARCHIVE", ("cifar-10-python.tar.gz", md5(archive)))
+        sums = {name: md5(data) for name, data in self.files.items()}
+        fake = dataclasses.replace(CIFAR[self.name], md5=md5(archive), files=sums)
+        self.monkeypatch.setitem(CIFAR, self.name, fake)
 
     def write_files(self, data_dir, leave_out=()):
-        folder = data_dir / CIFAR10_FOLDER
+        folder = data_dir / self.folder
         folder.mkdir(parents=True)
         for name, data in self.files.items():
             if name not in leave_out:
@@ -85,12 +96,33 @@ class FakeCifar:
 
     def write_archive(self, data_dir):
         data_dir.mkdir(exist_ok=True)
-        (data_dir / "cifar-10-python.tar.gz").write_bytes(self.archive)
+        (data_dir / CIFAR[self.name].archive).write_bytes(self.archive)
+
+
+class FakeCifar100(FakeCifar):
+    """A CIFAR-100 of 200 training and 50 test images. Image i is all i; its fine label is i % 100, its coarse one 0."""
+
+    name = "cifar100"
+
+    def make_files(self):
+        files = {}
+        for name, count in (("train", 200), ("test", 50)):
+            data = np.repeat(np.arange(count, dtype=np.uint8)[:, None], 3072, axis=1)
+            labels = {"fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
+            files[name] = pickle.dumps({"data": data, **labels}, protocol=2)
+        names = {"fine_label_names": [f"fine {i}" for i in range(100)], "coarse_label_names": ["coarse"] * 20}
+        files["meta"] = pickle.dumps(names, protocol=2)
+        return files
 
 
 @pytest.fixture
 def cifar(monkeypatch):
     return FakeCifar(monkeypatch)
+
+
+@pytest.fixture
+def cifar100(monkeypatch):
+    return FakeCifar100(monkeypatch)
 
 
 def files_in(folder):
@@ -141,7 +173,7 @@ def test_a_fraction_that_leaves_a_split_empty_is_refused(fraction):
 
 
 def test_unknown_dataset_is_refused():
-    with pytest.raises(DataError, match="mnist.*auto, cifar10 or digits"):
+    with pytest.raises(DataError, match="mnist.*auto, cifar10, cifar100, digits, or a folder"):
         load_data("mnist")
 
 
@@ -220,7 +252,7 @@ def test_shuffled_images_keep_their_labels():
 @pytest.mark.parametrize("padding", [4, 2])
 def test_augmented_images_are_crops_of_the_padded_image(flip, padding):
     split = numbered_split(400, size=16)
-    images, labels = epoch_of(pixel_loader(split, 150, shuffle=True, augment=True, flip=flip, padding=padding))
+    images, labels = epoch_of(pixel_loader(split, 150, shuffle=True, augment="crop_flip", flip=flip, padding=padding))
     images = (images * 255).round().byte().numpy()
     seen = []
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -238,7 +270,7 @@ def test_augmented_images_are_crops_of_the_padded_image(flip, padding):
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_only():
-    options = {"shuffle": True, "augment": True, "seed": 5}
+    options = {"shuffle": True, "augment": "crop_flip", "seed": 5}
     whole, order = epoch_of(pixel_loader(numbered_split(), 100, **options), epoch=2)
     torch.manual_seed(123)
     for batch_size in (1, 7, 64):
@@ -249,7 +281,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_only():
 
 @pytest.mark.parametrize("first_batch", [0, 1, 9, 14])
 def test_an_epoch_can_be_taken_up_at_any_batch(first_batch):
-    options = {"shuffle": True, "augment": True}
+    options = {"shuffle": True, "augment": "crop_flip"}
     whole, order = epoch_of(pixel_loader(numbered_split(), 7, **options), epoch=3)
     images, labels = epoch_of(pixel_loader(numbered_split(), 7, **options), 3, first_batch)
     assert torch.equal(labels, order[7 * first_batch :])
@@ -257,7 +289,7 @@ def test_an_epoch_can_be_taken_up_at_any_batch(first_batch):
 
 
 def test_every_epoch_and_seed_is_different():
-    options = {"shuffle": True, "augment": True}
+    options = {"shuffle": True, "augment": "crop_flip"}
     loader = pixel_loader(numbered_split(), 50, **options)
     epochs = [epoch_of(loader) for _ in range(3)] + [epoch_of(pixel_loader(numbered_split(), 50, seed=1, **options))]
     for i, (images, labels) in enumerate(epochs):
@@ -271,7 +303,7 @@ def test_every_epoch_and_seed_is_different():
 
 def test_loading_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    epoch_of(pixel_loader(numbered_split(), 50, shuffle=True, augment=True))
+    epoch_of(pixel_loader(numbered_split(), 50, shuffle=True, augment="crop_flip"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -456,7 +488,7 @@ def test_download_of_a_whole_file(serve, tmp_path, capsys):
     fetch(server, tmp_path / "folder" / "archive")
     assert_nothing_but(tmp_path / "folder" / "archive")
     assert server.ranges == [None]
-    assert "downloading CIFAR-10" in capsys.readouterr().err
+    assert "downloading archive" in capsys.readouterr().err
 
 
 def test_a_dropped_download_goes_on_where_it_stopped(serve, tmp_path):
@@ -542,6 +574,54 @@ def test_cifar10_is_downloaded_verified_and_unpacked(cifar, serve, tmp_path, mon
     assert len(load_data("auto", tmp_path / "new" / "folder").train) == 80
     assert len(load_data("auto", tmp_path / "new" / "folder").train) == 80
     assert len(server.ranges) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- CIFAR-100
+
+
+def test_cifar100_is_downloaded_verified_and_unpacked(cifar100, serve, tmp_path, monkeypatch):
+    server = serve(cifar100.archive, "drop", "whole")
+    monkeypatch.setenv("CIFAR100_URL", server.url)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for _ in range(2):
+        data = load_data("cifar100", tmp_path)
+    assert server.ranges == [None, f"bytes={len(cifar100.archive) // 2}-"]  # fetched once, in two parts
+    assert data.name == "cifar100"
+    assert data.flip
+    assert data.classes == [f"fine {i}" for i in range(100)]
+    assert (len(data.train), len(data.val), len(data.test)) == (160, 40, 50)
+    for split in (data.train, data.val, data.test):
+        assert torch.equal(split.labels, split.images[:, 0, 0, 0].long() % 100)
+
+
+def test_cifar100_is_verified_before_it_is_unpickled(cifar100, tmp_path, trap):
+    folder = cifar100.write_files(tmp_path)
+    for name in cifar100.files:
+        contents = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps(trap))
+        with pytest.raises(DataError, match=f"{name} is damaged"):
+            load_data("cifar100", tmp_path)
+        (folder / name).write_bytes(contents)
+    assert not trap.sprung
+
+
+def test_cifar100_that_cannot_be_had_is_an_error_with_the_ways_out(tmp_path):
+    with pytest.raises(DownloadError, match="cifar-100-python.tar.gz could not .*cifar-100-python.*--data_dir"):
+        load_data("cifar100", tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_md5_sums_are_those_of_torchvision():
+    from augment import import_torchvision
+
+    import_torchvision()
+    from torchvision import datasets
+
+    for name, cls in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
+        ours = CIFAR[name]
+        assert (ours.url, ours.archive, ours.md5, ours.folder) == (cls.url, cls.filename, cls.tgz_md5, cls.base_folder)
+        published = {**dict(cls.train_list), **dict(cls.test_list), cls.meta["filename"]: cls.meta["md5"]}
+        assert list(ours.files.items()) == list(published.items())
 
 
 # ----------------------------------------------------------------------------------------------------- the script

@@ -136,7 +136,8 @@ def test_reported_accuracy_is_that_of_the_saved_model(finished, digits):
 
 def test_the_model_file_carries_what_is_needed_to_use_it(finished, digits):
     metadata = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt").metadata
-    assert metadata == {"dataset": "digits", "classes": digits.classes, "mean": digits.mean, "std": digits.std}
+    names = {"dataset": "digits", "source": "digits", "classes": digits.classes}
+    assert metadata == {**names, "mean": digits.mean, "std": digits.std}
 
 
 def test_the_report_says_how_the_figures_came_about(finished):
@@ -222,7 +223,7 @@ CHANGES_THE_WEIGHTS = {
     "split_seed": "1",
     "classes": "1,2,3",
     "label_fraction": "0.9",
-    "augment": None,
+    "augment": "none",
     "hidden_size": "24",
     "num_heads": "4",
     "num_blocks": "1",
@@ -254,6 +255,7 @@ TESTED_ELSEWHERE = {
     "tokenizer_depth",
     "dataset",
     "data_dir",
+    "img_size",
     "model",
     "device",
     "name",
@@ -285,10 +287,9 @@ def test_every_flag_is_tested():
 @pytest.mark.parametrize("name", CHANGES_THE_WEIGHTS)
 def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     value = CHANGES_THE_WEIGHTS[name]
-    args = [f"--no-{name}"] if value is None else [f"--{name}", value]
-    model = quick(tmp_path, *args)
+    model = quick(tmp_path, f"--{name}", value)
     assert not same_weights(model, plain)
-    parsed = typed(name, value) if value is not None else False
+    parsed = typed(name, value)
     assert model.config.get(name, parsed) == parsed
     (report,) = (tmp_path / "saved").glob("*.json")
     assert json.loads(report.read_text())["config"][name] == parsed
@@ -354,10 +355,9 @@ def test_checkpoints_are_written_as_often_as_asked(tmp_path):
 
 def test_flags_may_have_dashes_or_underscores():
     for name, value in CHANGES_THE_WEIGHTS.items():
-        if value is not None:
-            with_dashes = cli.parse(train.Config, [f"--{name.replace('_', '-')}", value])
-            assert with_dashes == cli.parse(train.Config, [f"--{name}", value])
-            assert getattr(with_dashes, name) == typed(name, value)
+        with_dashes = cli.parse(train.Config, [f"--{name.replace('_', '-')}", value])
+        assert with_dashes == cli.parse(train.Config, [f"--{name}", value])
+        assert getattr(with_dashes, name) == typed(name, value)
 
 
 def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
@@ -404,7 +404,12 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
     "args, words",
     [
         ("--model resnet", "model vit cnn mlp"),
-        ("--dataset mnist", "dataset auto cifar10 digits"),
+        ("--dataset mnist", "dataset mnist auto cifar10 cifar100 digits folder"),
+        ("--dataset .", "folder train"),
+        ("--img_size 64", "img_size 64 digits"),
+        ("--augment rotate", "augment rotate crop_flip cutmix"),
+        ("--augment none+mixup", "augment none+mixup"),
+        ("--augment randaugment,mixup", "augment randaugment,mixup"),
         ("--optimizer lion", "optimizer muon adamw adam sgd"),
         ("--schedule stairs", "schedule cosine constant linear step one_cycle"),
         ("--pooling max", "pooling mean cls"),
@@ -477,9 +482,9 @@ def test_bad_flags_end_the_process_with_code_2_and_one_line(tmp_path, args):
 @pytest.mark.parametrize("dataset", ["cifar10", "auto"])
 def test_damaged_data_files_are_named_with_what_to_do(tmp_path, monkeypatch, capfd, dataset):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "elsewhere" / setup_cifar.CIFAR10_FOLDER
+    folder = tmp_path / "elsewhere" / setup_cifar.CIFAR["cifar10"].folder
     folder.mkdir(parents=True)
-    for name in setup_cifar.CIFAR10_FILES:
+    for name in setup_cifar.CIFAR["cifar10"].files:
         (folder / name).write_bytes(b"truncated")
     with refused(capfd, tmp_path, "data_batch_1", "damaged", "delete it"):
         run_main("--dataset", dataset, "--data_dir", "elsewhere")
