@@ -7,7 +7,8 @@ A model is trained on the source classes. Then the target classes are learned wi
 from scratch, from the source model's weights, and from these with all but the head frozen; by the same recipe and with
 the same images, as processes of train.py. Run it again after an interruption: what is done is not done again.
 
-Writes figures/transfer.png and figures/transfer.json, and the models and reports of all runs to saved/transfer_*.
+Writes figures/transfer.png and figures/transfer.json (of digits: transfer_digits), and the models and reports of all
+runs as saved/transfer_*.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ TASKS = {  # source and target classes
 STARTS = {
     "scratch": "from scratch",
     "transfer": "from the source's weights",
-    "frozen": "from the source's weights, only the head trained",
+    "frozen": "the same, all but the head frozen",
 }
-COLOURS = dict(zip(STARTS, (utils.GREY, utils.BLUE, utils.VERMILLION), strict=True))
+COLOURS = dict(zip(STARTS, (utils.DARK, utils.BLUE, utils.VERMILLION), strict=True))
 
 
 @dataclass
@@ -65,11 +66,12 @@ def main() -> None:
             run["results"] = train(run, config)
         table = summarise(runs)
         print(markdown_table(table))
-        figures = Path(config.output_dir) / "figures"
+        name = "transfer" if config.dataset == "cifar10" else f"transfer_{config.dataset}"
+        figures = [Path(config.output_dir) / "figures" / f"{name}.{kind}" for kind in ("json", "png")]
         report = {"config": dataclasses.asdict(config), "provenance": cli.provenance(), "table": table, "runs": runs}
-        write_bytes(figures / "transfer.json", json.dumps(report, indent=1).encode())
-        draw(table, figures / "transfer.png", *TASKS[config.dataset], config.seeds)
-        print(f"wrote {figures / 'transfer.json'}, {figures / 'transfer.png'}")
+        write_bytes(figures[0], json.dumps(report, indent=1).encode())
+        draw(table, figures[1], config.dataset, config.seeds)
+        print(f"wrote {figures[0]}, {figures[1]}")
 
 
 def plan(config: Config) -> list[dict]:
@@ -142,13 +144,14 @@ def markdown_table(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(table: list[dict], path: Path, source: str, target: str, seeds: int) -> Figure:
+def draw(table: list[dict], path: Path, dataset: str, seeds: int) -> Figure:
     """Test accuracy by the number of labelled images, a line for each start, with standard deviations over seeds."""
     figure = utils.new_figure(760, 470, dpi=200)
     utils.add_text(figure, 14, 28, "Does it help to have seen other pictures first?", size=13, weight="bold")
-    note = f"first {source.replace(',', ', ')}; then {target.replace(',', ', ')}"
+    source, target = (task.replace(",", ", ") for task in TASKS[dataset])
+    note = f"{dataset}: first {source}; then {target}"
     utils.add_text(figure, 14, 48, note, size=9.5)
-    axes = utils.add_axes(figure, 66, 72, 660, 340)
+    axes = utils.add_axes(figure, 66, 92, 660, 320)
     for start, description in STARTS.items():
         rows = [row for row in table if row["start"] == start]
         images, accuracies = [row["images"] for row in rows], [100 * row["accuracy"] for row in rows]
@@ -160,9 +163,10 @@ def draw(table: list[dict], path: Path, source: str, target: str, seeds: int) ->
     axes.set_xticks(ticks, [f"{images:,}" for images in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("labelled images of the target classes", size=9.5, color=utils.DARK)
-    over = f", mean of {seeds} runs" if seeds > 1 else ", one run each"
+    over = f", mean ± standard deviation of {seeds} runs" if seeds > 1 else ", one run each"
     axes.set_ylabel(f"test accuracy, %{over}", size=9.5, color=utils.DARK)
-    axes.legend(loc="lower right", fontsize=9.5, frameon=False, labelcolor=utils.DARK)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": len(STARTS), "columnspacing": 1.2}
+    axes.legend(**place, fontsize=9.5, frameon=False, labelcolor=utils.DARK)
     axes.grid(axis="y", color=utils.LIGHT)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9.5, color=utils.GREY, labelcolor=utils.DARK)

@@ -121,7 +121,7 @@ def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, monkeypat
     assert not same_weights(models["transfer"].blocks, source.blocks)
     assert not same_weights(models["scratch"].blocks, models["transfer"].blocks)
     assert models["scratch"].metadata["mean"] != source.metadata["mean"] == models["transfer"].metadata["mean"]
-    report = json.loads((tmp_path / "figures/transfer.json").read_text())
+    report = json.loads((tmp_path / "figures/transfer_digits.json").read_text())
     assert [(row["images"], row["start"]) for row in report["table"]] == [
         (images, start) for images in (46, 456) for start in transfer.STARTS
     ]
@@ -129,7 +129,7 @@ def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, monkeypat
         percent = {46: 10, 456: 100}[row["images"]]
         stored = json.loads((saved / f"transfer_digits_{row['start']}_{percent}percent_seed0.json").read_text())
         assert row["accuracy"] == stored["results"]["test_accuracy"]
-    with Image.open(tmp_path / "figures/transfer.png") as picture:
+    with Image.open(tmp_path / "figures/transfer_digits.png") as picture:
         assert picture.width > 1000
     weights = {path: path.read_bytes() for path in saved.glob("*.pt")}
     processes.clear()
