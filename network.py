@@ -156,7 +156,7 @@ class PatchEmbedding(Module):
         elif tokenizer == "conv":
             _require_positive(tokenizer_depth=tokenizer_depth)
             if self.grid_size == 1:  # and BatchNorm could not train on a batch of one
-                raise ValueError(f"the convolutional tokenizer leaves one token: choose a patch_size below {patch_size}")
+                raise ValueError(f"the conv tokenizer leaves one token: patch_size must be below {patch_size}")
             self.project = _convolutional_tokenizer(in_channels, hidden_size, patch_size, tokenizer_depth)
         else:
             raise ValueError(f"unknown tokenizer {tokenizer!r}: choose patch or conv")
