@@ -39,7 +39,7 @@ from setup_cifar import Dataset, load_data
 class Config:
     """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
 
-    preset: Literal["default", "quick", "accurate", "small"] = "default"  # other defaults for another aim: see PRESETS below
+    preset: Literal["default", "quick", "accurate", "small"] = "default"  # other aims: see PRESETS below
 
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it can be had, else digits), cifar10, cifar100, digits, or a folder
