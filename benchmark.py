@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,7 @@ import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -42,6 +39,7 @@ from augment import NAMES, import_torchvision
 from files import write_bytes
 from network import VisionTransformer
 from optim import build_optimizer, build_schedule
+from peers import PILDataset, ReferenceViT, accuracy_of, train_cct_2
 from runner import Runner
 from setup_cifar import Dataset, Split, load_data
 
@@ -71,7 +69,7 @@ def main() -> None:
     folder = Path(config.output_dir)
     if config.contender == "cct_2":
         with cli.one_line_errors():
-            save(folder / f"cct_2_{config.seed}.json", train_cct_2(config))
+            save(folder / f"cct_2_{config.seed}.json", train_cct_2(config.cct_epochs, config.seed, config.data_dir))
     elif config.contender:
         with cli.one_line_errors():
             save(folder / f"time_to_accuracy_{config.contender}_{config.seed}.json", time_run(config))
@@ -88,72 +86,6 @@ def main() -> None:
 def save(path: Path, contents: dict) -> None:
     write_bytes(path, json.dumps(contents, indent=1).encode())
     print(f"wrote {path}")
-
-
-# ---------------------------------------------------------------------------------------------------- the reference
-
-
-class ReferenceViT(nn.Module):
-    """A ViT as student projects write it: a query, key and value projection per head, each as wide as the whole model,
-    MLP ratio 1, positions that start at zero, no final norm. 304,714 parameters with the default sizes."""
-
-    def __init__(self, hidden_size: int = 64, num_heads: int = 4, num_blocks: int = 4, patch_size: int = 4):
-        super().__init__()
-        self.patches = nn.Conv2d(3, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        self.position = nn.Parameter(torch.zeros(1, (32 // patch_size) ** 2 + 1, hidden_size))
-        self.blocks = nn.Sequential(*(ReferenceBlock(hidden_size, num_heads) for _ in range(num_blocks)))
-        self.head = nn.Linear(hidden_size, 10)
-
-    def forward(self, images):
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position
-        return self.head(self.blocks(x)[:, 0])
-
-
-class ReferenceHead(nn.Module):
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x):
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
-
-
-class ReferenceBlock(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size)
-        self.heads = nn.ModuleList(ReferenceHead(hidden_size) for _ in range(num_heads))
-        self.output = nn.Linear(num_heads * hidden_size, hidden_size)
-        self.norm2 = nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, x):
-        normed = self.norm1(x)
-        x = x + self.output(torch.cat([head(normed) for head in self.heads], dim=-1))
-        return x + self.mlp(self.norm2(x))
-
-
-class PILDataset(TorchDataset):
-    """Images as PIL pictures through torchvision's ToTensor and Normalize(0.5, 0.5), one at a time."""
-
-    def __init__(self, split: Split, transform: Callable | None = None):
-        transforms = import_torchvision().transforms
-        self.images = split.images.permute(0, 2, 3, 1).numpy()
-        self.labels = split.labels.tolist()
-        self.transform = transform or transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
-        )
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 # -------------------------------------------------------------------------------------------------- training step
@@ -452,77 +384,6 @@ def time_run(config: Config) -> dict:
         if accuracy > config.stop_at:
             break
     return {"config": dataclasses.asdict(config), "history": history, "provenance": cli.provenance()}
-
-
-@torch.no_grad()
-def accuracy_of(model: nn.Module, loader) -> float:
-    model.eval()
-    correct = total = 0
-    for images, labels in loader:
-        correct += (model(images).argmax(dim=1) == labels).sum().item()
-        total += len(labels)
-    return correct / total
-
-
-def train_cct_2(config: Config) -> dict:
-    """CCT-2/3x2 of vit-pytorch with the recipe of its authors' repository (configs/datasets/cifar10.yml of
-    Compact-Transformers), its 300 epochs with their warm-up and their end of Mixup shortened in proportion.
-
-    Seconds are those of training steps alone: loading and augmenting, which cost it more than they cost ours, are left
-    out in its favour.
-    """
-    import_torchvision()  # timm needs it
-    from timm.data import Mixup, create_transform
-    from vit_pytorch.cct import cct_2
-
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed)
-    random.seed(config.seed)
-    data = load_data("cifar10", config.data_dir)
-    pixels = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "interpolation": "bicubic"}
-    strong = create_transform(
-        **{**pixels, "interpolation": "random"},
-        input_size=32,
-        is_training=True,
-        scale=(0.8, 1.0),
-        color_jitter=0.0,
-        auto_augment="rand-m9-mstd0.5-inc1-mmax9",  # mmax: above 9, timm's posterize asks Pillow for 0 bits, an error
-        re_prob=0.25,
-        re_mode="pixel",
-    )
-    plain = create_transform(**pixels, input_size=32, is_training=False, crop_pct=1.0)
-    train_loader = DataLoader(PILDataset(data.train, strong), batch_size=128, shuffle=True, drop_last=True)
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=10)
-    model = cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=55e-5, weight_decay=6e-2, fused=True)
-    schedule = build_schedule(optimizer, config.cct_epochs * len(train_loader), warmup=10 / 300)
-    history = []
-    wall = cpu = 0.0
-    for epoch in range(1, config.cct_epochs + 1):
-        model.train()
-        mixup.mixup_enabled = epoch <= config.cct_epochs * 175 / 300
-        for images, labels in tqdm(train_loader, desc=f"cct_2, seed {config.seed}, epoch {epoch}"):
-            images, targets = mixup(images, labels)
-            wall_started, cpu_started = time.perf_counter(), time.process_time()
-            loss = F.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            wall += time.perf_counter() - wall_started
-            cpu += time.process_time() - cpu_started
-        accuracy = accuracy_of(model, DataLoader(PILDataset(data.val, plain), batch_size=500))
-        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
-        tqdm.write(f"cct_2 epoch {epoch}: {accuracy:.2%} after {wall:.0f} s")
-    test_accuracy = accuracy_of(model, DataLoader(PILDataset(data.test, plain), batch_size=500))
-    print(f"cct_2: test accuracy {test_accuracy:.2%} after {wall:.0f} s, {cpu:.0f} s of the processor")
-    return {
-        "config": dataclasses.asdict(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "history": history,
-        "test_accuracy": test_accuracy,
-        "provenance": cli.provenance(),
-    }
 
 
 def time_to_accuracy(config: Config, folder: Path) -> None:
