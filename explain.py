@@ -381,7 +381,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     note = "prediction and its probability: green where right, orange where wrong; brightness is relative to each map"
     utils.add_text(figure, 14, 48, note, size=9.5)
     for column, name in enumerate(["image", *columns]):
-        utils.add_text(figure, 14 + column * (tile + 8), 72, name, size=9)
+        utils.add_text(figure, 14 + column * (tile + 8), 72, name, size=8.5)
     for row in range(len(chosen)):
         top = 98 + row * row_height
         utils.add_text(
