@@ -1,12 +1,14 @@
-"""What hangs on the Runner's callbacks: averaged weights, early stopping, TensorBoard."""
+"""What hangs on the Runner: averaged weights, early stopping, TensorBoard; and a compiled model."""
 
 import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import distributed
 import utils
 from network import VisionTransformer
 from runner import Runner
@@ -141,3 +143,25 @@ class TensorBoard:
     def _write_scalars(self, runner: Runner, split: str) -> None:
         for quantity in ("loss", "accuracy"):
             self.writer.add_scalar(f"{quantity}/{split}", runner.metrics[f"{split}_{quantity}"][-1], runner.step)
+
+
+def compile_training(runner: Runner, images: torch.Tensor) -> None:
+    """Have a runner's training steps call its model through `torch.compile`, or say in one line why that cannot be.
+
+    It is tried, forward and back, with `images` `(batch, 3, height, width)`; what that does to statistics, gradients
+    and random state is undone. A smaller last batch is compiled when it comes.
+    """
+    model, device = runner.model.train(), runner.device
+    before = copy.deepcopy(model.state_dict())
+    compiled, reason = torch.compile(model), None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            runner._logits(compiled, images.to(device)).sum().backward()
+    except Exception as error:  # of compilers, code generators and drivers there is no end of kinds
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    model.zero_grad()
+    model.load_state_dict(before)
+    if distributed.add_up(reason is not None) == 0:
+        runner.training_model = compiled
+    else:
+        print(f"--compile does not work here, going on without: {reason or 'it failed in another process'}")

@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 import tyro
 
+import distributed
+
 T = TypeVar("T")
 
 
@@ -57,9 +59,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str, code: int = 2) -> None:
-    """Print one line and end with this exit code."""
+    """Print one line, of several processes only the first that fails, and end with this exit code."""
     message = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(message.split()))  # how Python begins a system's errors
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if distributed.first_to_fail():
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -72,5 +75,6 @@ def provenance() -> dict:
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

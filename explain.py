@@ -56,6 +56,8 @@ def main() -> None:
         for name in ("rows", "images", "steps"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        if config.seed < 0:
+            raise ValueError(f"seed must not be negative: {config.seed}")
         device = choose_device(config.device)
         model = load_trained(config.checkpoint, device)
         images, labels = choose_images(model, config, device)
@@ -72,6 +74,7 @@ def main() -> None:
             draw_positions(model, folder / f"positions{suffix}.png", title)
             written += [folder / f"{name}{suffix}.png" for name in ("attention_distance", "positions")]
         if config.faithfulness:
+            images, labels = images[: config.images], labels[: config.images]
             size, _ = patch_grid(model, images)
             scores = patch_scores(model, images)
             report = faithfulness.measure(model, images, labels, scores, size, config.steps, config.seed)
@@ -84,8 +87,8 @@ def main() -> None:
 
 
 def choose_images(model: nn.Module, config: Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`config.images` test images in a seeded random order, normalised, and their labels."""
-    loader = test_loader(model, config.data_dir, config.images, device)
+    """The test images in a seeded random order, normalised, and their labels: as many as any of the pictures needs."""
+    loader = test_loader(model, config.data_dir, max(500, config.rows, config.images), device)
     order = torch.randperm(loader.num_images, generator=torch.Generator().manual_seed(config.seed)).to(device)
     loader.images, loader.labels = loader.images[order], loader.labels[order]
     return next(iter(loader))
@@ -235,7 +238,7 @@ def occlusion(model: nn.Module, images: torch.Tensor, target=None, signed: bool 
 
 
 def grad_cam(model: CNN, images: torch.Tensor, target=None) -> torch.Tensor:
-    """Heat maps of Grad-CAM (Selvaraju et al. 2017) on the CNN's last convolution.
+    """Heat maps of Grad-CAM (Selvaraju et al. 2017) on the CNN's last convolution, after its ReLU.
 
     Args:
         target: the class to explain, for all images or `(batch,)`; None means the predicted one.
@@ -243,7 +246,7 @@ def grad_cam(model: CNN, images: torch.Tensor, target=None) -> torch.Tensor:
     from captum.attr import LayerGradCam
 
     with torch.enable_grad(), _eval_mode(model):
-        heat = LayerGradCam(model, model.conv2).attribute(
+        heat = LayerGradCam(model, model.relu2).attribute(
             images, target=_target_of(model, images, target), relu_attributions=True
         )
     return _heat_of_evidence(F.interpolate(heat.detach(), images.shape[2:], mode="bilinear")[:, 0])
@@ -262,10 +265,17 @@ def _target_of(model: nn.Module, images: torch.Tensor, target) -> torch.Tensor:
 
 
 def _target(logits: torch.Tensor, target) -> torch.Tensor:
-    """The classes to explain `(batch,)`: those given, or the predicted ones."""
+    """The classes to explain `(batch,)`: those given, or the predicted ones.
+
+    Raises:
+        ValueError: no such class.
+    """
     if target is None:
         return logits.argmax(dim=1)
-    return torch.as_tensor(target, device=logits.device).expand(len(logits))
+    target = torch.as_tensor(target, device=logits.device)
+    if not ((0 <= target) & (target < logits.shape[1])).all():
+        raise ValueError(f"target {target.tolist()}: the model has classes 0 to {logits.shape[1] - 1}")
+    return target.expand(len(logits))
 
 
 @contextlib.contextmanager

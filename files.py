@@ -123,7 +123,6 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
         DownloadError: after the last attempt, with the reason.
     """
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     reason = ""
     for attempt in range(attempts):
         if attempt:
@@ -162,6 +161,7 @@ def transfer(url: str, part: Path, timeout: float) -> None:
         total = None if length is None else int(length) + (have if resumed else 0)
         have, title = have if resumed else 0, f"downloading {part.stem}"
         bar = tqdm(desc=title, total=total, initial=have, unit="B", unit_scale=True)
+        part.parent.mkdir(parents=True, exist_ok=True)  # only now: a mistyped folder is not made for nothing
         with open(part, "ab" if resumed else "wb") as file, bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)

@@ -81,7 +81,7 @@ def layer_scales(model: Module, decay: float) -> dict[nn.Parameter, float]:
 
         groups = param_groups_layer_decay(model.backbone, layer_decay=decay)
         return {p: group["lr_scale"] for group in groups for p in group["params"]}
-    layers = [[module] for module in model.children()]
+    layers = [[module] for module in model.children() if list(module.parameters())]
     if isinstance(model, VisionTransformer):
         *blocks, last = model.blocks
         layers = [[model.embedding], *([block] for block in blocks), [last, model.norm], [model.head]]

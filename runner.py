@@ -3,6 +3,7 @@
 The Runner knows nothing of GIFs, plots or schedules' shapes: such things hang on its callbacks.
 """
 
+import contextlib
 import itertools
 import math
 import sys
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+import distributed
 import utils
 
 
@@ -35,6 +37,13 @@ def choose_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not to be had on this machine: choose auto, cpu, cuda or mps") from None
     return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision by name; "auto" takes bf16 on a GPU that computes in it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +71,8 @@ class Runner:
             `skipped`, where otherwise training stops.
         precision: "fp32", or "bf16" or "fp16": what `torch.autocast` computes in where that is safe; weights stay in
             fp32. fp16 comes with a gradient scaler (Micikevicius et al. 2018), whose left-out steps are its own affair.
+        grad_accum: even parts that a batch is cut into, whose gradients are added up before the optimiser steps: the
+            step is that of the whole batch, in the memory of a part. Only BatchNorm sees each part on its own.
 
     `metrics` holds lists: `train_loss`, `train_accuracy` (averages over the images since the entry before) at
     `train_step`, and `val_loss`, `val_accuracy` at `val_step`. Steps are optimiser steps from the start; accuracies are
@@ -71,7 +82,11 @@ class Runner:
     validation). A callback that sets `runner.stop = True` ends training after the current step.
 
     `eval_model` is what `test` and `plot` use: `model`, unless something puts another in its place (an average of the
-    weights, say). `stateful` names objects with a `state_dict` that belongs to the runner's.
+    weights, say), and `training_model` what training steps call (`model` compiled, or in DistributedDataParallel).
+    `stateful` names objects with a `state_dict` that belongs to the runner's.
+
+    In several processes (see distributed.py) each has a runner and a loader of its part of every batch, and all count
+    every image once: losses, accuracies and gradients are those of the whole batch, and all stop together.
     """
 
     def __init__(
@@ -86,11 +101,12 @@ class Runner:
         grad_clip: float | None = None,
         skip_nonfinite: bool = False,
         precision: str = "fp32",
+        grad_accum: int = 1,
     ):
         if precision not in DTYPES:
             raise ValueError(f"unknown precision {precision!r}: choose {', '.join(DTYPES)}")
         self.device = choose_device("auto") if device is None else torch.device(device)
-        self.model = self.eval_model = model.to(self.device)
+        self.model = self.eval_model = self.training_model = model.to(self.device)
         self.optimizer = optimizer
         self.criterion = criterion
         self.eval_criterion = eval_criterion or criterion
@@ -99,6 +115,7 @@ class Runner:
         self.grad_clip = grad_clip
         self.skip_nonfinite = skip_nonfinite
         self.precision = precision
+        self.grad_accum = grad_accum
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.callbacks = {"train_start": [], "step_end": [], "epoch_end": []}
         self.stateful = {}
@@ -137,10 +154,11 @@ class Runner:
         self.total_steps = self.step - self.batch + epochs * len(train_loader)
         self.stop = False
         self._call("train_start")
-        while self.epoch < last_epoch and not self.stop:
+        stopped = self._asked_to_stop()
+        while self.epoch < last_epoch and not stopped:
             started, first_batch = time.perf_counter(), self.batch
-            self._train_epoch(train_loader, last_epoch)
-            if self.stop and self.batch < len(train_loader):
+            stopped = self._train_epoch(train_loader, last_epoch)
+            if stopped and self.batch < len(train_loader):
                 break
             seconds = time.perf_counter() - started
             rate = self.epoch_totals.images * (1 - first_batch / len(train_loader)) / seconds
@@ -163,26 +181,38 @@ class Runner:
             tqdm.write(f"{line}  {rate:,.0f} images/s  {_clock(left)} left", file=sys.stdout)
             sys.stdout.flush()
             self._call("epoch_end")
+            stopped = self._asked_to_stop()
         return self.metrics
 
-    def _train_epoch(self, loader: Iterable, last_epoch: int) -> None:
-        """The rest of the epoch, from batch `self.batch` on."""
+    def _asked_to_stop(self) -> bool:
+        """Whether any process has been: they decide together, as a signal may reach them at different steps."""
+        return distributed.add_up(self.stop) > 0
+
+    def _train_epoch(self, loader: Iterable, last_epoch: int) -> bool:
+        """The rest of the epoch, from batch `self.batch` on; returns whether to stop."""
         self.model.train()
+        stopped = False
         batches = self._remaining_batches(loader)
         with _progress_bar(loader, f"epoch {self.epoch + 1}/{last_epoch}", self.epoch_totals.images) as bar:
             for images, labels in batches:
                 started = time.perf_counter()
                 due = self.step + 1 == self.total_steps or (self.step + 1) % self.log_every == 0
-                self._train_step(images.to(self.device), labels.to(self.device), due)
+                self._train_step(*self._to_device(images, labels), due)
                 self.seconds += time.perf_counter() - started
                 if due and self.log_totals.images:
                     self._record("train", self.log_totals.loss, self.log_totals.accuracy)
                     self.log_totals = Totals(self.device)
-                if bar.update(len(labels)):  # it is time to redraw the bar
+                if bar.update(len(labels) * distributed.world_size()):  # it is time to redraw the bar
                     bar.set_postfix_str(self._progress(bar), refresh=False)
                 self._call("step_end")
-                if self.stop:
+                stopped = self._asked_to_stop()
+                if stopped:
                     break
+        return stopped
+
+    def _to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """From pinned memory (a DataLoader's `pin_memory`) to a GPU without waiting."""
+        return [tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in tensors]
 
     def _remaining_batches(self, loader: Iterable) -> Iterable:
         if hasattr(loader, "set_epoch"):
@@ -191,17 +221,15 @@ class Runner:
         return itertools.islice(loader, self.batch, None)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> None:
-        logits = self._logits(self.model, images)
-        loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        batch = self._add_gradients(images, labels)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         if self.scaler.is_enabled():
             norm = torch.zeros_like(norm)  # the scaler looks for infinite gradients itself, and leaves such steps out
-        if self._is_finite(loss.detach(), norm, read_loss):
+        if self._is_finite(batch.mean_loss, norm, read_loss):
             for totals in (self.epoch_totals, self.log_totals):
-                totals.add(loss, logits, labels)
+                totals.add_totals(batch)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -210,6 +238,23 @@ class Runner:
             self.scheduler.step()
         self.step += 1
         self.batch += 1
+
+    def _add_gradients(self, images: torch.Tensor, labels: torch.Tensor) -> "Totals":
+        """Go forward and back through this process's images, part by part; returns the whole batch's totals."""
+        batch = Totals(self.device)
+        processes = distributed.world_size()
+        num_images = distributed.add_up(len(labels))
+        parts = min(self.grad_accum, -(-num_images // processes))  # as many in each process, though one may be empty
+        for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+            last = part == parts - 1  # the gradients travel once
+            with contextlib.nullcontext() if last or processes == 1 else self.training_model.no_sync():
+                logits = self._logits(self.training_model, x)
+                loss = self.criterion(logits, y) if len(y) else logits.sum()  # of nothing, which is zero
+                # DistributedDataParallel will divide by the number of processes
+                self.scaler.scale(loss * (len(y) * processes / num_images)).backward()
+            batch.add(loss, logits, y)
+        batch.add_up_processes()
+        return batch
 
     def _logits(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
@@ -310,10 +355,12 @@ class Runner:
         self.eval_model.eval()
         with _progress_bar(loader, description) as bar:
             for images, labels in loader:
-                images, labels = images.to(self.device), labels.to(self.device)
-                logits = self._logits(self.eval_model, images)
-                totals.add(self.eval_criterion(logits, labels), logits, labels)
-                bar.update(len(labels))
+                images, labels = self._to_device(images, labels)
+                if len(labels):
+                    logits = self._logits(self.eval_model, images)
+                    totals.add(self.eval_criterion(logits, labels), logits, labels)
+                bar.update(len(labels) * distributed.world_size())
+        totals.add_up_processes()
         self.eval_model.train(was_training)
         if not totals.images:
             raise ValueError("the loader has no images")
@@ -358,6 +405,20 @@ class Totals:
             labels = labels.argmax(dim=1)
         self._correct += (logits.detach().argmax(dim=1) == labels).sum()
 
+    def add_totals(self, other: "Totals") -> None:
+        self.images += other.images
+        self._loss += other._loss
+        self._correct += other._correct
+
+    def add_up_processes(self) -> None:
+        self.images = distributed.add_up(self.images)
+        distributed.add_up_on_device(self._loss, self._correct)
+
+    @property
+    def mean_loss(self) -> torch.Tensor:
+        """`loss` where it lies: reading it would make an accelerator wait."""
+        return self._loss / self.images
+
     @property
     def loss(self) -> float:
         return self._loss.item() / self.images if self.images else math.nan
@@ -369,9 +430,8 @@ class Totals:
 
 def _progress_bar(loader: Iterable, description: str, initial: int = 0) -> tqdm:
     images = getattr(loader, "num_images", None) or len(getattr(loader, "dataset", ())) or None
-    return tqdm(
-        desc=description, total=images, initial=initial, unit="img", leave=False, mininterval=0.5, dynamic_ncols=True
-    )
+    options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": distributed.rank() > 0}
+    return tqdm(desc=description, total=images, initial=initial, unit="img", **options)
 
 
 def _clock(seconds: float) -> str:

@@ -6,8 +6,9 @@
     python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see image_folder.py)
     python setup_cifar.py --augmentations       # also a sheet of what each augmentation does
 
-Images are held as uint8 tensors `(images, 3, height, width)` on the training device; a batch is cropped, flipped and
-normalised there by a few vectorised operations. What else may happen to training images is told in augment.py.
+Images are held as uint8 tensors `(images, 3, height, width)` on the training device, or beside it where they do not
+fit; a batch is cropped, flipped and normalised there by a few vectorised operations. What else may happen to training
+images is told in augment.py.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cli
+import distributed
 import utils
 from augment import Augmentation, draw_augmentations
 from files import DownloadError, download, file_md5
@@ -151,6 +153,26 @@ class Dataset:
         splits = {name: choose(getattr(self, name)) for name in ("train", "val", "test")}
         return dataclasses.replace(self, classes=names, **splits)
 
+    def fold(self, number: int, folds: int, seed: int = 0) -> "Dataset":
+        """Training and validation images together, cut into `folds` parts with equal shares of each class; part
+        `number`, from 0, is for validation and the others are for training. The test images stay apart.
+
+        Raises:
+            DataError: no such fold, or a class with fewer images than there are folds.
+        """
+        from sklearn.model_selection import StratifiedKFold
+
+        images, labels = (torch.cat([getattr(self.train, x), getattr(self.val, x)]) for x in ("images", "labels"))
+        together = Split(images, labels)
+        fewest = torch.bincount(labels, minlength=len(self.classes)).min().item()
+        if not 2 <= folds <= fewest:
+            raise DataError(f"folds must be between 2 and {fewest}, the images of the smallest class, not {folds}")
+        if not 0 <= number < folds:
+            raise DataError(f"fold must be between 0 and {folds - 1}, not {number}")
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels))[number]]
+        return dataclasses.replace(self, train=together.subset(parts[0]), val=together.subset(parts[1]))
+
     def part_of_labels(self, fraction: float, seed: int = 0) -> "Dataset":
         """With `fraction` of the training images of each class, at least one; a smaller part is part of a larger."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
@@ -174,6 +196,9 @@ class ImageLoader:
 
     Order and augmentation depend on `(seed, epoch, image)` only, not on the batch size, nor on where an epoch was taken
     up again; mixup and cutmix on the batch too, but not on where the epoch was taken up.
+
+    Of `world_size` processes each has a loader, which gives the share of process `rank` of every batch of `batch_size`:
+    together they give what one loader would, each image once. A share is empty where there are too few for all.
     """
 
     def __init__(
@@ -189,9 +214,13 @@ class ImageLoader:
         num_classes: int | None = None,
         padding: int | None = None,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
-        self.images = split.images.to(device)
-        self.labels = split.labels.to(device)
+        self.device = torch.device(device)
+        place = self.device if fits(split.images, self.device) else "cpu"
+        self.images = split.images.to(place)
+        self.labels = split.labels.to(place)
         self.batch_size = batch_size
         self.mean, self.std = mean, std
         padding = self.images.shape[-1] // 8 if padding is None else padding
@@ -201,6 +230,7 @@ class ImageLoader:
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self.shift = (-mean / std).view(1, -1, 1, 1)
         self.shuffle, self.seed = shuffle, seed
+        self.rank, self.world_size = rank, world_size
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -222,10 +252,22 @@ class ImageLoader:
         first_batch = self.first_batch
         self.set_epoch(self.epoch + 1)  # for a caller who never says which epoch it is
         for number in range(first_batch, len(self)):
-            members = order[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            start, end = (len(batch) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+            # an image is mixed with the one before it, which may be another process's
+            spare = int(self.augmentation.mix is not None and self.world_size > 1)
+            members = batch[torch.arange(start - spare, end) % len(batch)]
             here = members.to(self.images.device)
-            images, labels = self.augmentation.apply(self.images[here], self.labels[here], draws, members, number)
-            yield torch.addcmul(self.shift, images, self.scale), labels
+            images, labels = self.images[here], self.labels[here]
+            if here.device != self.device:  # through pinned memory, while the GPU is at work on the batch before
+                images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
+            images, labels = self.augmentation.apply(images, labels, draws, members, number)
+            yield torch.addcmul(self.shift, images[spare:], self.scale), labels[spare:]
+
+
+def fits(images: torch.Tensor, device: torch.device) -> bool:
+    """Whether the images can lie on the device: on a GPU they may take half of the memory that is free."""
+    return device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def load_data(
@@ -299,6 +341,8 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
 
 
 def warn_about_digits(error: Exception) -> None:
+    if distributed.rank() > 0:
+        return
     line = "!" * 100
     print(
         f"{line}\n!!  WARNING: this is NOT CIFAR-10. {error}\n"
@@ -362,7 +406,7 @@ def find_or_download_archive(cifar: Cifar, data_dir: Path) -> Path:
         except DownloadError as error:
             raise DownloadError(
                 f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, name its place with --data_dir or "
-                "DATA_DIR, or use --dataset digits."
+                "DATA_DIR; train.py can do without: --dataset digits."
             ) from None
     return archive
 

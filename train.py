@@ -3,6 +3,7 @@
     python train.py                                   # the Vision Transformer, 20 epochs
     python train.py --model cnn --epochs 5            # every hyperparameter below is also a flag
     python train.py --resume                          # go on with an interrupted run
+    torchrun --nproc_per_node=2 train.py              # in two processes, on two cores or GPUs
 
 Writes saved/<Model>.pt (the model), saved/<Model>.json (the figures and how they came about), training curves and
 attention maps under figures/, and animation_<model>.gif.
@@ -24,14 +25,15 @@ import torch
 from filelock import FileLock, Timeout
 
 import cli
+import distributed
 import utils
 from augment import parse_augment
-from callbacks import EarlyStopping, TensorBoard, WeightAverage
+from callbacks import EarlyStopping, TensorBoard, WeightAverage, compile_training
 from files import CheckpointError, read_file, write_bytes, write_file
 from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
 from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
 from pretrained import freeze_backbone, load_timm_weights, start_from
-from runner import NonFiniteLoss, Runner, choose_device
+from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from setup_cifar import Dataset, load_data
 
 
@@ -47,6 +49,8 @@ class Config:
     img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
+    folds: int = 0  # for cross-validation, which crossval.py runs: the training images are cut into so many parts ...
+    fold: int = 0  # ... and this one, from 0, is held out in place of val_fraction
     classes: str | None = None  # names with commas between, cat,dog say, of those to train and test on; default: all
     label_fraction: float = 1.0  # part of the training images that is used, the same of each class
     # with none a ViT overfits by epoch 10; then crop_flip, and with it one or several (randaugment+cutmix) of
@@ -73,7 +77,8 @@ class Config:
 
     # optimisation
     epochs: int = 20  # passes over the training images
-    batch_size: int = 128  # images in a step
+    batch_size: int = 128  # images in a step; several processes share them
+    grad_accum: int = 1  # batches whose gradients are added up for a step: that of a batch so many times as large
     optimizer: Literal["muon", "adamw", "adam", "sgd"] = "muon"  # muon: hidden matrices and filters, AdamW: the rest
     lr: float | None = None  # peak learning rate, after warm-up; default: the optimiser's, 8e-3 for muon (see optim.py)
     schedule: Literal["cosine", "constant", "linear", "step", "one_cycle"] = "cosine"  # of the rate, after warm-up
@@ -91,7 +96,9 @@ class Config:
     # the run
     seed: int = 0  # of initial weights, order and augmentation: the same seed gives the same weights on a CPU
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 is up to twice as fast where the hardware has it
+    # auto is bf16 on GPUs that have it, else fp32; on CPUs with AMX, too, bf16 is up to twice as fast
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
     name: str | None = None  # of the files written; default: the model's class, with the data set if not CIFAR-10
     output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
     gif_frames: int = 40  # pictures in the GIF; 0 for none
@@ -178,26 +185,38 @@ def main() -> None:
     with cli.one_line_errors():
         use_defaults(config)
         check(config)
-        device = choose_device(config.device)
-        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
+        device = choose_device(distributed.device_name(config.device))
+        config.precision = choose_precision(config.precision, device)
+        with distributed.one_before_the_others():
+            data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
+        flags = dataclasses.replace(config, data_dir=None, output_dir="")  # machines may differ in these
+        distributed.require_same("hyperparameters and images", f"{flags} {data.name} {len(data.train)}")
+        if config.folds:
+            data = data.fold(config.fold, config.folds, config.split_seed)
         if config.classes is not None:
             data = data.select(config.classes.split(","))
         if config.label_fraction < 1:
             data = data.part_of_labels(config.label_fraction, config.split_seed)
-        if config.batch_size > len(data.train):
-            raise ValueError(f"batch_size {config.batch_size} is larger than the training set of {len(data.train)}")
+        step_size = config.batch_size * config.grad_accum
+        if step_size > len(data.train):
+            times = f" times grad_accum {config.grad_accum}" if config.grad_accum > 1 else ""
+            raise ValueError(
+                f"batch_size {config.batch_size}{times} is larger than the training set of {len(data.train)}"
+            )
         torch.manual_seed(config.seed)
         try:
             model = build_model(config, data)
         except (RuntimeError, OverflowError) as error:
             raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
         use_trained_weights(model, data, config)
+        distributed.share_batch_norm(model, device)
         files = Files(config, model.title, data.name)
 
+        share = {"rank": distributed.rank(), "world_size": distributed.world_size()}  # of each batch
         train_loader = data.loader(
-            "train", config.batch_size, device, shuffle=True, augment=config.augment, seed=config.seed
+            "train", step_size, device, shuffle=True, augment=config.augment, seed=config.seed, **share
         )
-        val_loader = data.loader("val", 500, device)
+        val_loader = data.loader("val", 500, device, **share)
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         runner = Runner(
             model,
@@ -210,56 +229,80 @@ def main() -> None:
             grad_clip=config.grad_clip or None,
             skip_nonfinite=config.skip_nonfinite,
             precision=config.precision,
+            grad_accum=config.grad_accum,
         )
         if config.ema:
             WeightAverage(runner, config.ema)
         stopping = None
         if config.patience:
             stopping = EarlyStopping(runner, config.monitor, config.patience, config.min_improvement)
-            stopping.on_best = lambda runner: runner.eval_model.save(files.best, **data.metadata)
-        if config.tensorboard:
-            TensorBoard(runner, files.tensorboard, val_loader, data.classes)
         if config.resume:
             resume(runner, config, files)
-        files.prepare()
-        lock = FileLock(files.lock)
-        try:
-            lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
-        except Timeout:
-            raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
-        if not config.resume:
-            keep_interrupted_run(files)
-            for path in (files.best, files.last):  # of the run before, if any: this one may write none
-                path.unlink(missing_ok=True)
+        first = distributed.rank() == 0  # of several processes it alone writes
+        if first:
+            if config.tensorboard:
+                TensorBoard(runner, files.tensorboard, val_loader, data.classes)
+            files.prepare()
+            lock = FileLock(files.lock)
+            try:
+                lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
+            except Timeout:
+                raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
+            if not config.resume:
+                keep_interrupted_run(files)
+                for path in (files.best, files.last):  # of the run before, if any: this one may write none
+                    path.unlink(missing_ok=True)
+            if stopping:
+                stopping.on_best = lambda runner: runner.eval_model.save(files.best, **data.metadata)
+        distributed.draw_apart(config.seed, runner.step)
+        if config.compile:
+            images, _ = next(iter(train_loader))
+            compile_training(runner, images.tensor_split(config.grad_accum)[0])
+        runner.training_model = distributed.share_gradients(runner.training_model, device)
 
     title = f"{model.title} on {data.name}" + (f", {len(data.classes)} classes" if config.classes else "")
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}")
-    draw_frames(runner, val_loader, data, config, files, title)
-    write_checkpoints(runner, config, files)
+    processes = f", in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}{processes}")
+    if first:
+        draw_frames(runner, val_loader, data, config, files, title)
+        write_checkpoints(runner, config, files)
     interrupted = stop_on_signals(runner)
     try:
         if runner.epoch < config.epochs:
             runner.train(train_loader, val_loader, epochs=config.epochs - runner.epoch)
-        if interrupted:
-            save_checkpoint(runner, config, files)
-            command = shlex.join([sys.executable, *sys.argv] + ([] if config.resume else ["--resume"]))
+        if number := distributed.largest(interrupted[0] if interrupted else 0):  # of a signal, to any of the processes
+            if first:
+                save_checkpoint(runner, config, files)
+            distributed.wait_for_all()
+            command = shlex.join(distributed.launcher() + sys.argv + ([] if config.resume else ["--resume"]))
             print(f"\ninterrupted after step {runner.step}; to go on: {command}")
-            raise SystemExit(128 + interrupted[0])
+            raise SystemExit(128 + number)
         epoch = runner.epoch
         if stopping and stopping.epoch:
             epoch = stopping.epoch
             print(f"of {runner.epoch} epochs, epoch {epoch} was best in validation {config.monitor}: testing that")
-            runner.eval_model.save(files.last, **data.metadata)
+            if first:
+                runner.eval_model.save(files.last, **data.metadata)
             stopping.use_best(runner)
-        test_and_save(runner, data, config, files, title, epoch)
+        test_loss, test_accuracy = runner.test(data.loader("test", 500, device, **share))  # once, at the end
+        if first:
+            save_results(runner, data, config, files, title, epoch, test_loss, test_accuracy)
     except (NonFiniteLoss, OSError) as error:
         cli.fail(str(error), code=1)
 
 
-def test_and_save(runner: Runner, data: Dataset, config: Config, files: Files, title: str, epoch: int) -> None:
-    """Use the test set, once, at the end; write the model, whose weights are `epoch`'s, its figures and pictures."""
-    test_loss, test_accuracy = runner.test(data.loader("test", 500, runner.device))
+def save_results(
+    runner: Runner,
+    data: Dataset,
+    config: Config,
+    files: Files,
+    title: str,
+    epoch: int,
+    test_loss: float,
+    test_accuracy: float,
+) -> None:
+    """Write the model, whose weights are `epoch`'s, its figures and pictures."""
     results = {
         "parameters": sum(p.numel() for p in runner.model.parameters()),
         "epochs": runner.epoch,
@@ -305,9 +348,11 @@ def check(config: Config) -> None:
         ValueError: naming the hyperparameter.
     """
     parse_augment(config.augment)
-    for name in ("epochs", "batch_size", "lr", "checkpoint_minutes"):
+    for name in ("epochs", "batch_size", "grad_accum", "lr", "checkpoint_minutes"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    if config.fold and not config.folds:
+        raise ValueError("fold is one of --folds: say how many there are")
     for name in ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must not be negative: {getattr(config, name)}")
@@ -330,7 +375,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--pretrained is for timm's models: --model {config.model} can start with --init_from")
     if config.init_from and (config.pretrained or config.pretrained_file):
         raise ValueError("--init_from and --pretrained both say what weights to start from: choose one")
-    if config.name is not None and (not config.name or Path(config.name).name != config.name):
+    if config.name is not None and (config.name in ("", "..") or Path(config.name).name != config.name):
         raise ValueError(f"name {config.name!r} must be the name of a file, not a path")
 
 
@@ -397,17 +442,22 @@ def write_checkpoints(runner: Runner, config: Config, files: Files) -> None:
     runner.callbacks["epoch_end"].append(write)
 
 
+def read_checkpoint(files: Files) -> dict:
+    if not files.checkpoint.exists():
+        raise CheckpointError(f"there is no {files.checkpoint} to resume from: run without --resume")
+    checkpoint = read_file(files.checkpoint)
+    if not {"runner", "config", "results"} <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
+        raise CheckpointError(f"{files.checkpoint} is not a checkpoint of a run")
+    return checkpoint
+
+
 def resume(runner: Runner, config: Config, files: Files) -> None:
     """Bring the runner to where the last checkpoint was written.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters.
     """
-    if not files.checkpoint.exists():
-        raise CheckpointError(f"there is no {files.checkpoint} to resume from: run without --resume")
-    checkpoint = read_file(files.checkpoint)
-    if not {"runner", "config", "results"} <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
-        raise CheckpointError(f"{files.checkpoint} is not a checkpoint of a run")
+    checkpoint = distributed.from_the_first(read_checkpoint, files)
     changed = [
         f"{name} was {before!r} and is {now!r}"
         for name, now in dataclasses.asdict(config).items()
@@ -440,6 +490,7 @@ CHANGEABLE = (
     "resume",
     "resume_changed",
     "checkpoint_minutes",
+    "compile",
 )
 
 
@@ -523,4 +574,5 @@ def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, t
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.processes():
+        main()

@@ -184,13 +184,20 @@ def test_grad_cam_by_hand(images):
     torch.manual_seed(0)
     model = CNN()
     target = 2
-    maps = model.conv2(torch.max_pool2d(model.conv1(images).relu(), 2))
-    logits = model.output(torch.max_pool2d(maps.relu(), 2).flatten(1))
+    maps = model.conv2(torch.max_pool2d(model.conv1(images).relu(), 2)).relu()
+    logits = model.output(torch.max_pool2d(maps, 2).flatten(1))
     gradients = torch.autograd.grad(logits[:, target].sum(), maps)[0]
     cam = (gradients.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().detach()
     cam = torch.nn.functional.interpolate(cam[:, None], (32, 32), mode="bilinear")[:, 0]
     heat = explain.grad_cam(model, images, target)
     torch.testing.assert_close(heat, cam / cam.amax(dim=(1, 2), keepdim=True))
+
+
+@pytest.mark.parametrize("method", [explain.relevance, explain.integrated_gradients, explain.occlusion])
+@pytest.mark.parametrize("target", [-1, 10, [0, 1, 10]])
+def test_a_class_that_is_not_there(images, method, target):
+    with pytest.raises(ValueError, match="classes 0 to 9"):
+        method(vit(), images, target)
 
 
 # ------------------------------------------------------------------------------------------------ the model as a whole

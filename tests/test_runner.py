@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from files import read_file, write_file
 from network import CNN, FeedForward, VisionTransformer
 from optim import DEFAULTS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
-from runner import NonFiniteLoss, Runner, choose_device
+from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
 
@@ -145,6 +145,28 @@ def test_epochs_below_one_are_refused():
 
 
 # ------------------------------------------------------------------------------------------- modes and gradients
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "cutmix"])
+def test_gradients_added_up_are_those_of_the_larger_batch(digits, augment):
+    """In float64, to rounding; 1150 images make an uneven last batch of 100, whose parts are uneven too."""
+    losses, weights = [], []
+    for grad_accum in (1, 3):
+        torch.manual_seed(0)
+        model = VisionTransformer(32, 16, 10, num_heads=2, num_blocks=1, patch_size=8).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = build_schedule(optimizer, 8)
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+        runner = Runner(model, optimizer, criterion, "cpu", schedule, log_every=1, grad_clip=0.5, grad_accum=grad_accum)
+        loader = digits.loader("train", 150, shuffle=True, augment=augment)
+        loader.scale, loader.shift = loader.scale.double(), loader.shift.double()
+        runner.train(loader, epochs=1)
+        assert runner.step == 8
+        losses.append(runner.metrics["train_loss"])
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_modes_are_right_in_training_validation_and_plots():
@@ -343,6 +365,15 @@ def test_the_fp16_scaler_leaves_out_steps_whose_scaled_gradients_overflow():
     assert same_weights(model, before) and runner.scaler.get_scale() == 2.0**29
     runner.train(batches(4), epochs=25)
     assert not same_weights(model, before) and runner.scaler.get_scale() < 2.0**29
+
+
+@pytest.mark.parametrize(
+    "device, bf16, precision", [("cuda", True, "bf16"), ("cuda", False, "fp32"), ("cpu", 1, "fp32")]
+)
+def test_precision_is_bf16_on_gpus_that_have_it(monkeypatch, device, bf16, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert choose_precision("auto", torch.device(device)) == precision
+    assert choose_precision("fp16", torch.device(device)) == "fp16"
 
 
 def test_an_unknown_precision_is_refused():

@@ -288,6 +288,24 @@ def test_an_epoch_can_be_taken_up_at_any_batch(first_batch):
     assert torch.equal(images, whole[7 * first_batch :])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_images_that_do_not_fit_on_the_gpu_come_batch_by_batch(digits, monkeypatch):
+    held = digits.loader("train", 100, "cuda", shuffle=True, augment="crop_flip")
+    monkeypatch.setattr(setup_cifar, "fits", lambda images, device: False)
+    fetched = digits.loader("train", 100, "cuda", shuffle=True, augment="crop_flip")
+    assert (held.images.device.type, fetched.images.device.type) == ("cuda", "cpu")
+    for (a, labels), (b, same) in zip(held, fetched, strict=True):
+        assert b.device.type == "cuda" and torch.equal(a, b) and torch.equal(labels, same)
+
+
+def test_images_may_take_half_of_a_gpus_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000, 9000))
+    gpu = torch.device("cuda")
+    assert setup_cifar.fits(torch.zeros(999, dtype=torch.uint8), gpu)
+    assert not setup_cifar.fits(torch.zeros(1001, dtype=torch.uint8), gpu)
+    assert setup_cifar.fits(torch.zeros(1001, dtype=torch.uint8), torch.device("cpu"))
+
+
 def test_every_epoch_and_seed_is_different():
     options = {"shuffle": True, "augment": "crop_flip"}
     loader = pixel_loader(numbered_split(), 50, **options)

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def plain(tmp_path_factory):
 CHANGES_THE_WEIGHTS = {
     "val_fraction": "0.3",
     "split_seed": "1",
+    "folds": "4",
     "classes": "1,2,3",
     "label_fraction": "0.9",
     "augment": "none",
@@ -234,6 +236,7 @@ CHANGES_THE_WEIGHTS = {
     "drop_path": "0.5",
     "epochs": "2",
     "batch_size": "150",
+    "grad_accum": "2",
     "optimizer": "adamw",
     "lr": "0.001",
     "schedule": "linear",
@@ -248,6 +251,8 @@ CHANGES_THE_WEIGHTS = {
     "precision": "bf16",
 }
 TESTED_ELSEWHERE = {
+    "compile",
+    "fold",
     "init_from",
     "pretrained",
     "pretrained_file",
@@ -327,6 +332,34 @@ def test_models_without_attention_draw_their_other_pictures(tmp_path):
     run_main(*SMALL, *"--model cnn --epochs 1 --gif_frames 2 --output_dir".split(), str(tmp_path))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"CNN_digits_curves.png"}
     assert (tmp_path / "animation_cnn_digits.gif").exists()
+
+
+def test_precision_is_chosen_by_device(tmp_path, plain):
+    assert same_weights(quick(tmp_path, "--precision", "fp32"), plain)  # that of a CPU
+    assert json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]["precision"] == "fp32"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_is_that_of_the_plain_model_and_saved_like_it(tmp_path, capfd):
+    options = "--model mlp --optimizer sgd --drop_path 0.1".split()
+    plain, compiled = quick(tmp_path / "plain", *options), quick(tmp_path / "compiled", *options, "--compile")
+    assert "--compile does not work" not in capfd.readouterr().out
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for name, weights in plain.state_dict().items():
+        assert torch.allclose(weights, compiled.state_dict()[name], atol=1e-5)
+
+
+def test_without_a_compiler_training_goes_on_as_without_the_flag_and_says_why(tmp_path, capfd, monkeypatch):
+    from torch._inductor import config
+
+    options = "--tokenizer conv --drop_path 0.5".split()  # BatchNorm's statistics and chance must not notice
+    plain = quick(tmp_path / "plain", *options)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    with config.patch({"cpp.cxx": (None, "no_such_compiler"), "force_disable_caches": True}):
+        assert same_weights(quick(tmp_path / "compiled", *options, "--compile"), plain)
+    lines = [line for line in capfd.readouterr().out.splitlines() if "--compile" in line]
+    assert len(lines) == 1 and "no_such_compiler" in lines[0]
 
 
 def test_name_flag_names_the_files(tmp_path, plain):
@@ -431,6 +464,8 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--batch_size 0", "batch_size"),
         ("--batch_size -8", "batch_size"),
         ("--batch_size 1151", "batch_size 1151 1150"),
+        ("--batch_size 200 --grad_accum 6", "batch_size 200 grad_accum 6 1150"),
+        ("--grad_accum 0", "grad_accum"),
         ("--lr 0", "lr"),
         ("--lr -0.1", "lr"),
         ("--lr nan", "lr"),
@@ -459,6 +494,7 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--seed 99999999999999", "seed"),
         ("--device tpu", "tpu cuda mps"),
         ("--name a/b", "name a/b"),
+        ("--name ..", "name .."),
         ("--resume", "VisionTransformer_digits.checkpoint --resume"),
     ],
 )

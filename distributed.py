@@ -1,0 +1,232 @@
+"""Several processes that train as one: what `torchrun` starts, and what its processes have to agree on.
+
+    torchrun --nproc_per_node=2 train.py
+
+The work is done by torch.distributed, NCCL between CUDA devices and gloo elsewhere; here is what a script needs
+besides. In a process that is alone all of this does nothing.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = datetime.timedelta(minutes=10)  # a process that ends is missed at once; this is for one that hangs
+_store = None  # shared by the processes, before and after anything goes wrong
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Be one of the processes that torchrun's environment describes, and end together with them.
+
+    The first alone prints. If one ends before its time all end: with what was wrong, once, and exit code 1.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    global _store
+    try:
+        _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(store=_store, rank=number, world_size=count, timeout=TIMEOUT)
+        if number > 0:
+            sys.stdout = open(os.devnull, "w")
+        yield
+        wait_for_all()  # the first may still be drawing
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        first = first_to_fail()
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        if first:
+            script = os.path.basename(sys.argv[0])
+            reason = str(error).partition(". ")[0]
+            print(
+                f"{script}: error: one of {os.environ['WORLD_SIZE']} processes was killed, crashed or hangs, and the "
+                f"others end with it; --resume goes on from the last checkpoint ({reason})",
+                file=sys.stderr,
+            )
+        raise SystemExit(1) from None
+    except BaseException:
+        first_to_fail()
+        raise
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launcher() -> list[str]:
+    """What a command line begins with, to start as many processes on this machine again."""
+    if world_size() == 1:
+        return [sys.executable]
+    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has called this before: it is the one that says what was wrong."""
+    try:
+        return _store is None or _store.add("failed", 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+
+
+def add_up(number: int) -> int:
+    """The sum of every process's number. It travels between processors: no accelerator is waited for."""
+    return _combine(number, dist.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """The largest of every process's number."""
+    return _combine(number, dist.ReduceOp.MAX)
+
+
+def _combine(number: int, operation: dist.ReduceOp) -> int:
+    if world_size() == 1:
+        return number
+    result = torch.tensor(int(number))
+    dist.all_reduce(result, operation)
+    return result.item()
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    add_up(0)
+
+
+def add_up_on_device(*tensors: torch.Tensor) -> None:
+    """Put the sum over all processes into each of these scalars."""
+    if world_size() > 1:
+        sums = torch.stack([tensor.double() for tensor in tensors])
+        dist.all_reduce(sums)
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total)
+
+
+@contextlib.contextmanager
+def one_before_the_others() -> Iterator[None]:
+    """The first process of each machine does this alone, a download say; then the others do it, and find it done."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        wait_for_all()
+        yield
+    else:
+        yield
+        wait_for_all()
+
+
+def from_the_first(make: Callable[..., Any], *args: Any) -> Any:
+    """What `make` gives the first process, on all of them: a file, say, that only its machine has."""
+    result = [make(*args) if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def require_same(what: str, value: str) -> None:
+    """Refuse to go on with processes that disagree.
+
+    Raises:
+        ValueError: `what` has not the same value in all processes.
+    """
+    if add_up(value != from_the_first(str, value)):
+        raise ValueError(f"the processes do not have the same {what}: start all of them alike, with the same data")
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def device_name(name: str) -> str:
+    """The device of this process where `name` was asked for: each has a GPU of its own, or the CPU.
+
+    Raises:
+        ValueError: a device that several processes cannot use.
+    """
+    if world_size() == 1:
+        return name
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not for several processes: choose auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    number = int(os.environ["LOCAL_RANK"])
+    if number < torch.cuda.device_count():
+        torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def draw_apart(seed: int, step: int) -> None:
+    """Have processes draw different numbers from here on, for stochastic depth; the first goes on as it would alone."""
+    if rank() > 0:
+        torch.manual_seed(seed + 1_000_003 * (rank() + 1_000_003 * step))
+
+
+def share_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Have BatchNorm normalise with the images of all processes, as it would in one, in place.
+
+    Kinds of it that a library derives keep the statistics of each process's own images.
+    """
+    if world_size() == 1:
+        return
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is not nn.BatchNorm2d:
+                continue
+            if device.type == "cuda":
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+            else:
+                child.__class__ = SharedBatchNorm2d  # torch's SyncBatchNorm is for GPUs
+
+
+def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` to be called in training: after `backward` each gradient is the mean over all processes."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm (Ioffe & Szegedy 2015) over the batches of all processes together, also where some are empty."""
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        count = add_up(x.numel() // x.shape[1])
+        mean = SumOverProcesses.apply(x.float().sum(dim=(0, 2, 3))) / count
+        centred = x.float() - mean.view(1, -1, 1, 1)
+        variance = SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(x.dtype)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Every process has the sum; what it has to do with one's own number it has to do with everyone's."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return SumOverProcesses.forward(None, gradient)
