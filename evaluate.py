@@ -2,15 +2,19 @@
 
     python evaluate.py saved/VisionTransformer.pt               # on the test set that it belongs to
     python evaluate.py saved/VisionTransformer.pt saved/CNN.pt  # each in turn
+    python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble      # ... and both together
+    python evaluate.py saved/VisionTransformer.pt --flip        # what it says of an image and of its mirror image
 
 Writes figures/<name>_confusion.png, <name>_calibration.png and <name>_mistakes.png, and every figure in them as
-<name>_evaluation.json; <name> is the model file's.
+<name>_evaluation.json; <name> is the model file's, or "ensemble", whose answer is the mean of the models'
+probabilities. How much it gains over each is in ensemble.png and ensemble.json.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,7 @@ from files import CheckpointError, write_bytes
 from network import Module
 from runner import choose_device
 from setup_cifar import ImageLoader, load_data
+from significance import paired_bootstrap, wilson
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
 MISTAKES = 24  # shown in the picture
@@ -39,6 +44,8 @@ class Config:
     output_dir: str = "figures"  # the folder that pictures and figures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     batch_size: int = 500  # images at a time
+    ensemble: bool = False  # also the mean of the models' probabilities, against each of them
+    flip: bool = False  # every answer is the mean of the probabilities of an image and of its mirror image
 
 
 def main() -> None:
@@ -49,43 +56,160 @@ def main() -> None:
         names = [Path(path).stem for path in config.models]
         if len(set(names)) < len(names):
             raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")
+        if config.ensemble and len(names) < 2:
+            raise ValueError("an ensemble has at least two models: name their files")
+        if config.ensemble and "ensemble" in names:
+            raise ValueError("a file of the name ensemble would have its figures overwritten: rename it")
         device = choose_device(config.device)
         models = [load_trained(path, device) for path in config.models]
+        if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
+            raise ValueError("--flip is not for digits: a mirrored digit is another sign")
+        if config.ensemble:
+            check_same_data(models, config.models)
+        answers = []
         for model, path, name in zip(models, config.models, names, strict=True):
             loader = test_loader(model, config.data_dir, config.batch_size, device)
-            evaluate(model, loader, path, Path(config.output_dir) / name)
+            answers.append(Answers(name, *predict(model, loader, config.flip)))
+            title = model.title + FLIPPED * config.flip
+            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix_of(name, config))
+            if config.flip:
+                plain = Answers(f"{name}, not mirrored", *predict(model, loader))
+                gain = compare([plain], answers[-1])[0]
+                low, high = gain["bca"]
+                print(f"mirroring: {points(gain['difference'])} points ({points(low)} to {points(high)})")
+        if config.ensemble:
+            together = average(answers, "ensemble")
+            title = f"Ensemble of {len(models)}" + FLIPPED * config.flip
+            prefix = prefix_of(together.name + suffix_of(models[0].metadata["dataset"]), config)
+            evaluate(together, loader.images, " ".join(config.models), title, models[0].metadata, prefix)
+            report_ensemble(answers, together, f"{title} on {models[0].metadata['dataset']}", prefix)
 
 
-def evaluate(model: Module, loader: ImageLoader, path: str, prefix: Path) -> dict:
-    """Print, draw and store everything about one model; returns what is stored in `<prefix>_evaluation.json`."""
-    classes, dataset = model.metadata["classes"], model.metadata["dataset"]
-    logits, labels = predict(model, loader)
-    probabilities = logits.softmax(dim=1)
+FLIPPED = ", with mirror images"  # in titles
+
+
+def prefix_of(name: str, config: Config) -> Path:
+    return Path(config.output_dir) / (name + "_flip" * config.flip)
+
+
+def suffix_of(dataset: str) -> str:
+    return "" if dataset == "cifar10" else f"_{dataset}"
+
+
+class Answers(NamedTuple):
+    """What a model, or several together, say of the test images: logits `(n, classes)`; and the right labels `(n,)`."""
+
+    name: str
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def correct(self) -> torch.Tensor:
+        return self.logits.argmax(dim=1) == self.labels
+
+
+def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, metadata: dict, prefix: Path) -> dict:
+    """Print, draw and store everything about one model; returns what is stored in `<prefix>_evaluation.json`.
+
+    Args:
+        images: uint8 `(n, 3, h, w)`.
+        metadata: the model's, of which `classes` and `dataset` are needed.
+    """
+    classes, dataset = metadata["classes"], metadata["dataset"]
+    probabilities, labels = answers.logits.softmax(dim=1), answers.labels
     report = {
         "model": path,
         "dataset": dataset,
-        "images": len(labels),
-        "accuracy": (probabilities.argmax(dim=1) == labels).float().mean().item(),
-        "loss": F.cross_entropy(logits, labels).item(),
-        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+        **measures(answers),
         "calibration": calibration(probabilities, labels),
         "confusion_matrix": confusion_matrix(probabilities, labels),
         "classes": per_class(probabilities, labels, classes),
         "provenance": cli.provenance(),
     }
-    print(f"\n{path}: {model.title} on the {len(labels):,} test images of {dataset}")
+    print(f"\n{path}: {title} on the {len(labels):,} test images of {dataset}")
     print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}", end="  ")
     print(f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)\n")
     print(markdown_table(report["classes"]))
-    title = f"{model.title} on {dataset}"
+    title = f"{title} on {dataset}"
     files = [prefix.with_name(f"{prefix.name}_{what}.png") for what in ("confusion", "calibration", "mistakes")]
     draw_confusion(report["confusion_matrix"], classes, files[0], title)
     draw_calibration(report, files[1], title)
-    draw_mistakes(loader.images, probabilities, labels, classes, files[2], title)
+    draw_mistakes(images, probabilities, labels, classes, files[2], title)
     files.append(prefix.with_name(f"{prefix.name}_evaluation.json"))
     write_bytes(files[-1], json.dumps(report, indent=1).encode())
     print("\nwrote " + ", ".join(str(file) for file in files))
     return report
+
+
+def measures(answers: Answers) -> dict:
+    """Number of images, accuracy (a fraction), loss, expected calibration error (a fraction)."""
+    return {
+        "images": len(answers.labels),
+        "accuracy": answers.correct.float().mean().item(),
+        "loss": F.cross_entropy(answers.logits, answers.labels).item(),
+        "expected_calibration_error": expected_calibration_error(answers.logits.softmax(dim=1), answers.labels),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- ensembles
+
+
+def check_same_data(models: list[Module], paths: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: the models do not answer the same question about the same images.
+    """
+    for name in ("dataset", "classes", "source"):
+        values = [model.metadata.get(name) for model in models]
+        for path, value in zip(paths, values, strict=True):
+            if value != values[0]:
+                raise ValueError(f"no ensemble: the {name} of {path} is {value}, that of {paths[0]} {values[0]}")
+
+
+def mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the mean of the probabilities that these logits `(n, classes)` stand for."""
+    return torch.stack([x.log_softmax(dim=1) for x in logits]).logsumexp(dim=0) - math.log(len(logits))
+
+
+def average(members: list[Answers], name: str) -> Answers:
+    """What they say together: the mean of their probabilities (as in Lakshminarayanan et al. 2017)."""
+    return Answers(name, mean_probabilities([member.logits for member in members]), members[0].labels)
+
+
+def compare(members: list[Answers], together: Answers) -> list[dict]:
+    """For each member its measures, the accuracy of `together` less its own, and 95 % intervals of that difference."""
+    rows = []
+    for member in members:
+        gain = paired_bootstrap(together.correct.numpy(), member.correct.numpy())
+        del gain["resampled"]
+        rows.append({"name": member.name, **measures(member), **gain})
+    return rows
+
+
+def report_ensemble(members: list[Answers], together: Answers, title: str, prefix: Path) -> dict:
+    """Print, draw and store how the ensemble does against each member; returns what is stored in `<prefix>.json`."""
+    rows = compare(members, together)
+    report = {"ensemble": measures(together), "members": rows, "provenance": cli.provenance()}
+    lines = [
+        "| | test accuracy | loss | calibration error | the ensemble's gain, points (95 %, BCa) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in (*rows, {"name": "ensemble", **report["ensemble"]}):
+        gain = ""
+        if "bca" in row:
+            gain = f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})"
+        error = row["expected_calibration_error"]
+        lines.append(f"| {row['name']} | {row['accuracy']:.2%} | {row['loss']:.4f} | {error:.2%} | {gain} |")
+    print("\n" + "\n".join(lines))
+    draw_ensemble(report, prefix.with_name(f"{prefix.name}.png"), title)
+    write_bytes(prefix.with_name(f"{prefix.name}.json"), json.dumps(report, indent=1).encode())
+    print(f"\nwrote {prefix}.png, {prefix}.json")
+    return report
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies in percentage points."""
+    return f"{100 * fraction:+.2f}"
 
 
 # ---------------------------------------------------------------------------------------- a model and its test set
@@ -122,10 +246,15 @@ def test_loader(model: Module, data_dir: str | None, batch_size: int, device: st
 
 
 @torch.no_grad()
-def predict(model: Module, loader: ImageLoader) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU."""
+def predict(model: Module, loader: ImageLoader, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` each image's are the logarithm of
+    its and its mirror image's mean probabilities."""
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        return mean_probabilities([model(images), model(images.flip(-1))]) if flip else model(images)
+
     batches = [
-        (model(images).cpu(), labels.cpu()) for images, labels in tqdm(loader, "testing", unit="batch", leave=False)
+        (logits_of(images).cpu(), labels.cpu()) for images, labels in tqdm(loader, "testing", unit="batch", leave=False)
     ]
     logits, labels = zip(*batches, strict=True)
     return torch.cat(logits), torch.cat(labels)
@@ -273,6 +402,39 @@ def draw_calibration(report: dict, path: Path, title: str) -> Figure:
         axes.tick_params(labelsize=9.5, color=utils.GREY, labelcolor=utils.DARK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(utils.GREY)
+    utils.save_figure(figure, path)
+    return figure
+
+
+def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
+    """Left the accuracy of each member and of the ensemble, right what the ensemble gains; with 95 % intervals."""
+    together, members = report["ensemble"], report["members"]
+    rows = [{"name": "ensemble", **together}, *reversed(members)]
+    height = 34 * len(rows)
+    figure = utils.new_figure(800, 130 + height, dpi=200)
+    utils.add_text(figure, 14, 28, title, size=13, weight="bold")
+    note = f"accuracy on {together['images']:,} test images, and the ensemble's less each member's; 95 % intervals"
+    utils.add_text(figure, 14, 48, note, size=9.5)
+    longest = max(len(row["name"]) for row in rows)
+    margin = min(320, 30 + 6.5 * longest)
+    width = (800 - margin - 60) / 2
+    left = utils.add_axes(figure, margin, 66, width, height)
+    right = utils.add_axes(figure, margin + width + 34, 66, width, height)
+    for y, row in enumerate(rows):
+        color = utils.VERMILLION if y == 0 else utils.BLUE
+        interval = [100 * end for end in wilson(row["accuracy"], row["images"])]
+        left.plot(interval, [y, y], color=color, lw=2)
+        left.plot([100 * row["accuracy"]], [y], "o", color=color, markersize=6)
+        if "bca" in row:
+            right.plot([100 * end for end in row["bca"]], [y, y], color=color, lw=2)
+            right.plot([100 * row["difference"]], [y], "o", color=color, markersize=6)
+    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    right.set_yticks([])
+    right.axvline(0, color=utils.GREY, lw=1)
+    for axes, label in ((left, "test accuracy, %"), (right, "the ensemble's gain, percentage points")):
+        utils.tidy(axes)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(label, size=9.5, color=utils.DARK)
     utils.save_figure(figure, path)
     return figure
 

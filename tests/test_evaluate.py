@@ -1,6 +1,7 @@
 """Measures against values worked out by hand and against scikit-learn; pictures and figures as files."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import evaluate
 from network import CNN, FeedForward
+from tests.conftest import DATA_DIR
 
 
 @pytest.fixture
@@ -149,3 +151,94 @@ def test_errors_are_one_line(tmp_path, digits, run):
     ):
         code, out, err = run(*arguments)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
+
+
+# ---------------------------------------------------------------------------------------------------------- ensembles
+
+
+def test_an_ensemble_is_the_mean_of_the_probabilities(predictions):
+    probabilities, labels = predictions
+    other = probabilities.flip(0)
+    members = [evaluate.Answers("a", probabilities.log(), labels), evaluate.Answers("b", other.log() + 3, labels)]
+    together = evaluate.average(members, "ensemble")
+    mean = (probabilities + other) / 2
+    assert torch.allclose(together.logits.softmax(dim=1), mean, atol=1e-6)
+    measured = evaluate.measures(together)
+    assert measured["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, mean.argmax(dim=1)))
+    assert measured["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, mean.double(), labels=range(5)), rel=1e-4)
+    rows = evaluate.compare(members, together)
+    for row, member in zip(rows, members, strict=True):
+        difference = measured["accuracy"] - member.correct.float().mean().item()
+        assert row["difference"] == pytest.approx(difference) and row["bca"][0] <= difference <= row["bca"][1]
+
+
+def test_an_ensemble_of_one_model_twice_gains_nothing(predictions):
+    member = evaluate.Answers("a", predictions[0].log(), predictions[1])
+    (row, _) = evaluate.compare([member, member], evaluate.average([member, member], "ensemble"))
+    assert row["difference"] == 0 and row["bca"] == [0, 0]
+
+
+def test_flipped_answers_are_those_of_both_images():
+    torch.manual_seed(0)
+    model = CNN().eval()
+    torch.nn.init.normal_(model.output.weight)
+    images = torch.randn(6, 3, 32, 32)
+    batches = [(images, torch.arange(6))]
+    logits, _ = evaluate.predict(model, batches, flip=True)
+    mean = (model(images).softmax(dim=1) + model(images.flip(-1)).softmax(dim=1)) / 2
+    assert torch.allclose(logits.exp(), mean, atol=1e-6)
+    mirrored, _ = evaluate.predict(model, [(images.flip(-1), torch.arange(6))], flip=True)
+    assert torch.allclose(logits, mirrored, atol=1e-5)
+    assert not torch.allclose(evaluate.predict(model, batches)[0].softmax(dim=1), mean, atol=1e-3)
+
+
+def save_models(tmp_path, digits, **metadata):
+    for seed, model_class in ((0, CNN), (1, FeedForward)):
+        torch.manual_seed(seed)
+        model = model_class()
+        torch.nn.init.normal_(model.output.weight)
+        model.save(tmp_path / f"{model_class.__name__}.pt", **{**digits.metadata, **metadata})
+    return [str(tmp_path / "CNN.pt"), str(tmp_path / "FeedForward.pt")]
+
+
+def run_evaluate(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+
+
+def test_ensemble_from_the_command_line(tmp_path, digits, monkeypatch, capsys):
+    paths = save_models(tmp_path, digits)
+    run_evaluate(monkeypatch, *paths, "--ensemble", "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "ensemble_digits.json").read_text())
+    assert [row["name"] for row in report["members"]] == ["CNN", "FeedForward"]
+    evaluation = json.loads((tmp_path / "ensemble_digits_evaluation.json").read_text())
+    assert evaluation["accuracy"] == report["ensemble"]["accuracy"]
+    assert f"| ensemble | {evaluation['accuracy']:.2%} |" in capsys.readouterr().out
+    for name in ("ensemble_digits.png", "ensemble_digits_calibration.png"):
+        assert Image.open(tmp_path / name).width > 500
+
+
+def test_ensembles_that_cannot_be(tmp_path, digits, monkeypatch, capsys):
+    paths = save_models(tmp_path, digits)
+    other = tmp_path / "other" / "Other.pt"
+    other.parent.mkdir()
+    CNN(output_size=2).save(other, **digits.select(["1", "2"]).metadata)
+    for flags, words in (
+        ((paths[0], "--ensemble"), "at least two"),
+        ((*paths, other, "--ensemble"), "no ensemble: the classes of"),
+        ((paths[0], "--flip"), "mirrored digit"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_evaluate(monkeypatch, *flags, "--output_dir", tmp_path / "figures")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "figures").exists()
+
+
+def test_flip_on_the_real_images(tmp_path, cifar10, monkeypatch, capsys):
+    data_dir = os.environ.get("DATA_DIR") or str(DATA_DIR or "data")
+    run_evaluate(
+        monkeypatch, "saved/CNN.pt", "--flip", "--output_dir", tmp_path, "--data_dir", data_dir, "--device", "cpu"
+    )
+    report = json.loads((tmp_path / "CNN_flip_evaluation.json").read_text())
+    assert report["accuracy"] > 0.74 and "mirroring: +" in capsys.readouterr().out

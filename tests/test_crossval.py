@@ -1,0 +1,88 @@
+"""Cross-validation: folds that share no image, stratified; resumed fold by fold; a mean and spread that are right."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import crossval
+import train
+from setup_cifar import DataError
+
+
+def rows(split):
+    return {image.numpy().tobytes() for image in split.images}
+
+
+def test_every_image_is_held_out_once_and_classes_have_equal_shares(digits):
+    everything = rows(digits.train) | rows(digits.val)
+    parts = [digits.fold(k, 4, seed=3) for k in range(4)]
+    held_out = [rows(part.val) for part in parts]
+    assert set.union(*held_out) == everything and sum(map(len, held_out)) == len(everything)
+    counts = torch.stack([torch.bincount(part.val.labels, minlength=10) for part in parts])
+    assert (counts.max(dim=0).values - counts.min(dim=0).values).max() <= 1
+    for part in parts:
+        assert not rows(part.train) & rows(part.val) and len(part.train) + len(part.val) == len(everything)
+        assert torch.equal(part.test.images, digits.test.images)
+        assert part.mean == pytest.approx((part.train.images.double() / 255).mean(dim=(0, 2, 3)).tolist(), abs=1e-5)
+    again = digits.fold(1, 4, seed=3)
+    assert torch.equal(again.val.images, parts[1].val.images)
+    assert rows(digits.fold(1, 4, seed=4).val) != held_out[1]
+
+
+def test_folds_that_cannot_be(digits):
+    for number, folds in ((0, 1), (0, 1000), (5, 5), (-1, 5)):
+        with pytest.raises(DataError, match="fold"):
+            digits.fold(number, folds)
+
+
+FLAGS = "--dataset digits --model mlp --hidden_size 8 --epochs 1 --folds 3 --output_dir".split()
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["crossval.py", *map(str, flags)])
+    crossval.main()
+
+
+def test_folds_are_trained_once_and_averaged(tmp_path, monkeypatch, capfd):
+    run(monkeypatch, *FLAGS, tmp_path)
+    out, _ = capfd.readouterr()
+    reports = [json.loads((tmp_path / f"saved/crossval_mlp_digits_fold{k}.json").read_text()) for k in range(3)]
+    assert [report["config"]["fold"] for report in reports] == [0, 1, 2]
+    accuracies = [report["results"]["val_accuracy"] for report in reports]
+    summary = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
+    assert summary["val_accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert summary["val_accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert f"{np.mean(accuracies):.2%} ± {100 * np.std(accuracies, ddof=1):.2f}" in out
+    assert (tmp_path / "figures/crossval_mlp_digits.png").read_bytes().startswith(b"\x89PNG")
+
+    last = tmp_path / "saved/crossval_mlp_digits_fold2"
+    for ending in (".json", ".pt", ".checkpoint"):  # as if it had been killed before the last fold
+        last.with_suffix(ending).unlink()
+    first = last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns
+    run(monkeypatch, *FLAGS, tmp_path)
+    assert last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns == first
+    again = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
+    assert again["val_accuracy"] == summary["val_accuracy"]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:  # what is stored is of another model
+        run(monkeypatch, *FLAGS, tmp_path, "--hidden_size", "9")
+    assert stop.value.code == 2 and "hidden_size was 8 and is 9" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--folds", "1"), ("--fold", "2"), ("--folds", "100000")])
+def test_refused_in_one_line(tmp_path, monkeypatch, capfd, flags):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *FLAGS, tmp_path, *flags)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "fold" in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses_a_fold_without_folds(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", f"train.py --dataset digits --fold 1 --output_dir {tmp_path}".split())
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "--folds" in capfd.readouterr().err
