@@ -266,9 +266,7 @@ def measure_cost(config: Config) -> dict:
     for name, values in GROWTH.items():
         for value in tqdm(values, desc=f"cost against {name}"):
             options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
-            command = [sys.executable, __file__, "cost", json.dumps(options), str(config.threads)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            rows.append({"varied": name, **options, **json.loads(output)})
+            rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
     exponents = {}
     for name in GROWTH:
         chosen = [row for row in rows if row["varied"] == name]
@@ -322,11 +320,20 @@ def axis_of(name: str, rows: list[dict]) -> tuple[str, list[int]]:
     return name, [row[name] for row in rows]
 
 
+def cost_in_a_process(options: dict, threads: int = 1) -> dict:
+    """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
+    command = [sys.executable, __file__, "cost", json.dumps(options), str(threads)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def cost_of_one(options: dict, threads: int) -> dict:
-    """Median seconds of a step, and the peak resident memory above what the process needed before it."""
+    """Median seconds of a step, and the peak resident memory above what the process needed before it.
+
+    `options` are the batch size and the ViT's arguments.
+    """
     torch.set_num_threads(threads)
-    batch_size = options.pop("batch_size")
-    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
+    batch_size, img_size = options.pop("batch_size"), options.get("img_size", 32)
+    images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
     process, done, sizes = psutil.Process(), threading.Event(), []
 
     def watch() -> None:

@@ -1,0 +1,363 @@
+"""A trained model for use without this project: as ONNX, and as a torch.export program.
+
+    python export.py saved/VisionTransformer.pt               # .onnx, .pt2 and .int8.onnx beside it
+    python export.py saved/CNN.pt --output_dir out --no-latency
+
+Both files take plain RGB images, uint8 `(batch, 3, height, width)` with values 0 to 255, of the side that the model was
+trained on and in any number; normalisation is inside. They give logits, float32 `(batch, classes)`. Class names and the
+rest of what a user needs to know are in the ONNX file's metadata.
+
+Nothing is written unless ONNX Runtime and the program, read back, answer as the PyTorch model does on test images. A
+third file has its matrices in 8 bits (dynamic quantisation: activations are scaled as they come); it is kept only where
+it loses no more than half a percentage point of test accuracy. Sizes, accuracy and latency, side by side, are printed
+and stored in figures/<name>_export.json. Everything runs on the CPU. Needs onnx, onnxscript and onnxruntime.
+"""
+
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.export import ExportedProgram
+from tqdm import tqdm
+from tyro.conf import Positional
+
+import cli
+from augment import import_torchvision
+from evaluate import image_size, load_trained, predict, test_loader
+from files import write_bytes
+from network import Module
+from setup_cifar import ImageLoader
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-3  # largest difference of logits, as a part of the largest logit: rounding makes some 1e-6 of it
+LOSS_ALLOWED = 0.005  # of test accuracy, a fraction, for which the file in 8 bits is still kept
+BATCH_SIZES = (1, 128)  # whose latency is measured
+
+Predictor = Callable[[torch.Tensor], torch.Tensor]  # uint8 images to logits, both on the CPU
+
+
+@dataclass
+class Config:
+    """Export a saved model to ONNX and torch.export, checked against PyTorch, with a version in 8 bits."""
+
+    model: Positional[str]  # a file that train.py wrote
+    output_dir: str | None = None  # the folder that the exported files go to; default: that of the model
+    figures_dir: str = "figures"  # the folder that the table goes to, as JSON
+    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    images: int = 1000  # test images on which the exported files must agree with the model
+    latency: bool = True  # measure milliseconds at batch 1 and 128
+    repeats: int = 50  # timed turns of each
+    threads: int = 1  # of torch and of ONNX Runtime
+
+
+class Disagreement(ArithmeticError):
+    """An exported file does not answer as the model does."""
+
+
+def main() -> None:
+    config = cli.parse(Config)
+    with cli.one_line_errors():
+        for name in ("images", "repeats", "threads"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        require_packages()
+        torch.set_num_threads(config.threads)
+        model = load_trained(config.model)
+        loader = test_loader(model, config.data_dir, 500, "cpu")
+        try:
+            export(model, loader, config)
+        except Disagreement as error:
+            cli.fail(str(error), code=1)
+
+
+def export(model: Module, loader: ImageLoader, config: Config) -> dict:
+    """Make, check, measure and write everything; returns what is stored in `<name>_export.json`.
+
+    Args:
+        loader: the test images, normalised as they were in training.
+
+    Raises:
+        Disagreement: an exported file gives other answers than the model; nothing has been written then.
+    """
+    name = Path(config.model).stem
+    prefix = Path(config.output_dir or Path(config.model).parent) / name
+    onnx_path, program_path, small_path = (prefix.with_name(name + end) for end in (".onnx", ".pt2", ".int8.onnx"))
+    print(f"exporting {config.model}, {model.title} ...", flush=True)
+    program = to_program(model)
+    onnx_bytes, program_bytes = to_onnx(program, model), save_program(program, model)
+    small_bytes = quantise(onnx_bytes)
+
+    whole = WithNormalisation(model)
+    predictors = {
+        "PyTorch": whole,
+        "ONNX Runtime": onnx_predictor(onnx_bytes, config.threads),
+        "ExportedProgram": load_program(program_bytes),
+        "ONNX Runtime, 8 bits": onnx_predictor(small_bytes, config.threads),
+    }
+    logits, labels = predict(model, loader)
+    sizes = [Path(config.model).stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
+    rows = {who: {"bytes": size} for who, size in zip(predictors, sizes, strict=True)}
+    for who, row in rows.items():
+        exact = who in ("ONNX Runtime", "ExportedProgram")
+        count = min(config.images, len(labels)) if exact else len(labels)
+        answers = predict_plain(predictors[who], loader.images[:count], who)
+        row |= compare(logits[:count], answers)
+        if exact:
+            check_agreement(who, row)
+        else:
+            row["accuracy"] = (answers.argmax(dim=1) == labels).float().mean().item()
+    lost = rows["PyTorch"]["accuracy"] - rows["ONNX Runtime, 8 bits"]["accuracy"]
+    if config.latency:
+        for batch_size in BATCH_SIZES:
+            images = loader.images.repeat(-(-batch_size // len(labels)), 1, 1, 1)[:batch_size]
+            for who, seconds in latency(predictors, images, config.repeats).items():
+                rows[who][f"milliseconds_batch_{batch_size}"] = 1e3 * seconds
+
+    report = {
+        "model": config.model,
+        "dataset": model.metadata["dataset"],
+        "test_images": len(labels),
+        "threads": config.threads,
+        "accuracy_lost_in_8_bits": lost,
+        "8_bits_kept": lost <= LOSS_ALLOWED,
+        "rows": rows,
+        "provenance": cli.provenance() | versions(),
+    }
+    written = {onnx_path: onnx_bytes, program_path: program_bytes}
+    if report["8_bits_kept"]:
+        written[small_path] = small_bytes
+    written[Path(config.figures_dir) / f"{name}_export.json"] = json.dumps(report, indent=1).encode()
+    print(f"\n{markdown_table(report)}\n")
+    what = f"8 bits lose {100 * lost:.2f} percentage points of test accuracy, where {100 * LOSS_ALLOWED} are allowed"
+    print(f"{what}: {'kept' if report['8_bits_kept'] else 'not kept'}")
+    for path, contents in written.items():
+        write_bytes(path, contents)
+    if not report["8_bits_kept"]:
+        small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
+    print("wrote " + ", ".join(str(path) for path in written))
+    return report
+
+
+# -------------------------------------------------------------------------------------------------- what is exported
+
+
+class WithNormalisation(nn.Module):
+    """Plain images in, logits out: uint8 `(batch, 3, height, width)` to float32 `(batch, classes)`."""
+
+    def __init__(self, model: Module):
+        super().__init__()
+        self.model = model
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(model.metadata[name]).view(1, -1, 1, 1))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model((images.float() / 255 - self.mean) / self.std)
+
+
+def to_program(model: Module) -> ExportedProgram:
+    """The model with its normalisation as one graph, for any number of images.
+
+    Raises:
+        ValueError: torch.export cannot follow the model.
+    """
+    images = torch.zeros(2, 3, image_size(model), image_size(model), dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                WithNormalisation(model), (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+            )
+    except Exception as error:  # the exporters have many ways of saying that they cannot
+        raise ValueError(f"{model.title} cannot be exported: {first_line(error)}") from None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of code, with the paths they have on this machine
+    return program
+
+
+def to_onnx(program: ExportedProgram, model: Module) -> bytes:
+    """The program as an ONNX file: input `images`, output `logits`, both with the axis `batch`.
+
+    Raises:
+        ValueError: the ONNX exporter cannot translate it.
+    """
+    import_torchvision()  # the exporter imports it where it is installed
+    import onnx_ir
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"images": {0: "batch"}},
+                verbose=False,
+            )
+    except Exception as error:
+        raise ValueError(f"{model.title} cannot be exported to ONNX: {first_line(error)}") from None
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(exported.model)  # the exporter's notes, with paths again
+    exported.model.metadata_props.update({name: json.dumps(value) for name, value in metadata_of(model).items()})
+    return exported.model_proto.SerializeToString()
+
+
+def metadata_of(model: Module) -> dict:
+    """What a user of the file needs to know; in both files each value is JSON."""
+    return {
+        "model": model.title,
+        "dataset": model.metadata["dataset"],
+        "classes": model.metadata["classes"],
+        "input": "images: RGB, uint8, (batch, 3, height, width), 0 to 255; normalisation is inside",
+        "image_size": image_size(model),
+        "output": "logits: float32, (batch, classes); their softmax is the probabilities",
+    }
+
+
+def save_program(program: ExportedProgram, model: Module) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata_of(model))})
+    return buffer.getvalue()
+
+
+def quantise(onnx_bytes: bytes) -> bytes:
+    """The ONNX file with its constant matrices in 8 bits, a scale for each column; activations are scaled as they come.
+
+    Convolutions stay as they are: in 8 bits, ONNX Runtime took two and a half times as long for those of the CNN.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load_from_string(onnx_bytes)
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # advice on preparing the graph, which the exporter has done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.onnx"
+            quantize_dynamic(model, path, ["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+            return path.read_bytes()
+    finally:
+        logger.setLevel(level)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+# ---------------------------------------------------------------------------------------------- reading it back, checks
+
+
+def onnx_predictor(onnx_bytes: bytes, threads: int = 1) -> Predictor:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def load_program(program_bytes: bytes) -> Predictor:
+    return torch.export.load(io.BytesIO(program_bytes)).module()
+
+
+@torch.no_grad()
+def predict_plain(predictor: Predictor, images: torch.Tensor, who: str, batch_size: int = 500) -> torch.Tensor:
+    """Logits `(n, classes)` for plain images, uint8 `(n, 3, height, width)`."""
+    batches = tqdm(images.split(batch_size), f"checking {who}", unit="batch", leave=False)
+    return torch.cat([predictor(batch) for batch in batches])
+
+
+def compare(expected: torch.Tensor, logits: torch.Tensor) -> dict:
+    """How far `logits` are from `expected`, both `(n, classes)`: the largest difference, and how often the top class is
+    the same."""
+    return {
+        "images_compared": len(logits),
+        "largest_logit": expected.abs().max().item(),
+        "largest_difference": (logits - expected).abs().max().item(),
+        "same_top_1": int((logits.argmax(dim=1) == expected.argmax(dim=1)).sum()),
+    }
+
+
+def check_agreement(who: str, row: dict) -> None:
+    """
+    Raises:
+        Disagreement: the top class differs on an image, or a logit by more than TOLERANCE of the largest (or of 1).
+    """
+    difference, images = row["largest_difference"], row["images_compared"]
+    allowed = TOLERANCE * max(1.0, row["largest_logit"])
+    if not difference <= allowed or row["same_top_1"] < images:  # not <=: neither is a difference that is not a number
+        raise Disagreement(
+            f"{who} does not answer as the model does, so nothing was written: logits differ by up to {difference:.2g} "
+            f"(allowed: {allowed:.2g}), and the top class is the same on {row['same_top_1']} of {images} images"
+        )
+
+
+@torch.no_grad()
+def latency(predictors: dict[str, Predictor], images: torch.Tensor, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each for these images, in turns, so that a machine whose speed drifts is the same to all."""
+    seconds = {who: [] for who in predictors}
+    for turn in tqdm(range(warmup + repeats), f"timing batch {len(images)}", unit="turn", leave=False):
+        for who, predictor in predictors.items():
+            started = time.perf_counter()
+            predictor(images)
+            if turn >= warmup:
+                seconds[who].append(time.perf_counter() - started)
+    return {who: statistics.median(values) for who, values in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def markdown_table(report: dict) -> str:
+    """A row for each predictor; what was not measured stays empty."""
+    columns = {  # heading -> the text of a row's cell
+        "file, kB": lambda row: f"{row['bytes'] / 1000:,.0f}",
+        "largest difference of logits": lambda row: f"{row['largest_difference']:.1g}",
+        "same top-1": lambda row: f"{row['same_top_1']:,} of {row['images_compared']:,}",
+        "test accuracy": lambda row: f"{row['accuracy']:.2%}",
+    }
+    for batch_size in BATCH_SIZES:
+        key = f"milliseconds_batch_{batch_size}"
+        columns[f"batch {batch_size}, ms"] = lambda row, key=key: f"{row[key]:.2f}"
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for who, row in report["rows"].items():
+        cells = []
+        for cell in columns.values():
+            try:
+                cells.append(cell(row))
+            except KeyError:
+                cells.append("")
+        lines.append(f"| {who} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def require_packages() -> None:
+    """
+    Raises:
+        ValueError: naming what is not installed, and the command that does it.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"exporting needs {' and '.join(missing)}: pip install {' '.join(PACKAGES)}")
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""From one core to many: what threads and processes gain here, what memory a step takes, and a large run on paper.
+
+    python scaling.py                            # all three: five minutes
+    python scaling.py --only memory              # or throughput, plan
+    python scaling.py --only plan --machines 4   # the large run on other hardware: see --help
+
+SCALING.md explains the numbers. Writes figures/scaling.json and figures/scaling.png. Needs requirements-dev.txt.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from matplotlib.ticker import ScalarFormatter
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import cli
+import distributed
+import utils
+from benchmark import GROWTH, cost_in_a_process, synthetic_data
+from files import write_bytes
+from network import VisionTransformer
+from optim import build_optimizer, build_schedule
+from runner import Runner
+
+VIT_S = dict(img_size=224, patch_size=16, hidden_size=384, num_heads=6, num_blocks=12)  # ViT-S/16
+
+
+@dataclass
+class Config:
+    """Measure how training scales on this machine, and plan a large run on paper."""
+
+    only: list[Literal["throughput", "memory", "plan"]] = field(
+        default_factory=lambda: ["throughput", "memory", "plan"]
+    )
+    workers: int = 2  # most threads, and most processes, that throughput is measured with
+    turns: int = 3  # of each combination, by turns
+    output_dir: str = "figures"  # where the results go
+
+    # the large run: ViT-S/16 on ImageNet-1k (Deng et al. 2009)
+    images: int = 1_281_167  # training images of ImageNet-1k
+    epochs: int = 300  # as in DeiT (Touvron et al. 2021)
+    batch_size: int = 1024  # of all GPUs together, the same source
+    machines: int = 1
+    gpus: int = 8  # of each machine
+    peak_tflops: float = 312  # of a GPU in bf16: the data sheet of an A100
+    utilisation: float = 0.35  # part of the peak that training reaches: an assumption, 0.3 to 0.5 are usual
+    gpu_gigabytes_per_second: float = 300  # between GPUs of a machine, each way: NVLink of an A100, data sheet
+    network_gigabits_per_second: float = 25  # between machines, each way: an assumption
+    picture_kilobytes: float = 110  # a JPEG of ImageNet: 140 GB for all of them
+
+
+def main() -> None:
+    config = cli.parse(Config)
+    with cli.one_line_errors():
+        for name in ("workers", "turns", "images", "epochs", "batch_size", "machines", "gpus"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        for name in ("peak_tflops", "utilisation", "gpu_gigabytes_per_second", "network_gigabits_per_second"):
+            if not 0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+        if config.batch_size % (config.machines * config.gpus):
+            raise ValueError(f"batch_size {config.batch_size} is not a multiple of the number of GPUs")
+        folder = Path(config.output_dir)
+        path = folder / "scaling.json"
+        results = json.loads(path.read_text()) if path.exists() else {}  # what is not measured now stays
+        if "throughput" in config.only:
+            results["throughput"] = compare_throughput(config)
+        if "memory" in config.only:
+            results["memory"] = compare_memory()
+        if "plan" in config.only:
+            results["plan"] = plan(config)
+            print_plan(results["plan"], config)
+        write_bytes(path, json.dumps({**results, "provenance": cli.provenance()}, indent=1).encode())
+        if {"throughput", "memory"} <= results.keys():
+            draw(results, folder / "scaling.png")
+    print(f"\nwrote {path} and, where throughput and memory are known, scaling.png beside it")
+
+
+# ------------------------------------------------------------------------------------------------------ throughput
+
+
+WIDTHS = {64: 2048, 256: 512}  # of the ViT, and how many images an epoch has
+
+
+def compare_throughput(config: Config) -> list[dict]:
+    """images/s of training with 1, 2, 4, ... threads in one process, and with as many processes of one thread each.
+
+    All train on batches of 128 images in total, with the default augmentation and optimiser; combinations take turns.
+    """
+    counts = [2**power for power in range(1, config.workers.bit_length())]
+    combinations = [(1, 1)] + [pair for count in counts for pair in ((1, count), (count, 1))]
+    runs = {(width, *combination): [] for width in WIDTHS for combination in combinations}
+    for _ in tqdm(range(config.turns), desc="throughput, turns"):
+        for (width, processes, threads), results in runs.items():
+            results.append(train_in_processes(width, processes, threads))
+    print("\n| hidden size | processes | threads of each | images/s | of one thread | sum of gradients, ms a step |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    rows = []
+    for (width, processes, threads), results in runs.items():
+        medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        alone = statistics.median(result["images_per_second"] for result in runs[width, 1, 1])
+        speedup = medians["images_per_second"] / alone
+        rows.append({"hidden_size": width, "processes": processes, "threads": threads, **medians, "speedup": speedup})
+        rate, milliseconds = medians["images_per_second"], 1e3 * medians["all_reduce_seconds"]
+        print(f"| {width} | {processes} | {threads} | {rate:,.0f} | {speedup:.2f} | {milliseconds:.1f} |")
+    return rows
+
+
+def train_in_processes(width: int, processes: int, threads: int) -> dict:
+    """What `be_one_of_the_processes` finds, in new processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, *launcher, __file__, "train", *map(str, (width, WIDTHS[width], threads, path))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        return json.loads(path.read_text())
+
+
+def be_one_of_the_processes(width: int, images: int, threads: int, path: str) -> None:
+    """Train a ViT as train.py does, an epoch to warm up and three that count; the first process writes images/s, and
+    the seconds that adding up the gradients of all processes takes by itself."""
+    torch.set_num_threads(threads)
+    share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    loader = synthetic_data(images).loader("train", 128, shuffle=True, augment="crop_flip", **share)
+    torch.manual_seed(0)
+    model = VisionTransformer(pooling="mean", hidden_size=width)
+    optimizer = build_optimizer(model)
+    schedule = build_schedule(optimizer, 10_000)
+    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule)
+    runner.training_model = distributed.share_gradients(model, runner.device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        runner.train(loader, epochs=1)
+        seconds.append(time.perf_counter() - started)
+    gradients = torch.zeros(sum(parameter.numel() for parameter in model.parameters()))
+    all_reduces = []
+    for _ in range(20 if distributed.world_size() > 1 else 0):
+        started = time.perf_counter()
+        dist.all_reduce(gradients)
+        all_reduces.append(time.perf_counter() - started)
+    result = {
+        "images_per_second": images / statistics.median(seconds[1:]),
+        "all_reduce_seconds": statistics.median(all_reduces) if all_reduces else 0.0,
+    }
+    if distributed.rank() == 0:
+        Path(path).write_text(json.dumps(result))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+ALLOCATOR = 1.1  # fitted to what compare_memory measures; all else in the formula is counted
+
+
+def predicted_memory_mb(
+    batch_size: int,
+    parameters: int,
+    img_size: int = 32,
+    patch_size: int = 4,
+    hidden_size: int = 64,
+    num_heads: int = 4,
+    num_blocks: int = 4,
+    mlp_ratio: float = 4.0,
+    bytes_per_number: int = 4,
+) -> float:
+    """Peak memory in MB (2**20 bytes) of a training step of the ViT with AdamW, without what an empty process has.
+
+    Each parameter takes 16 bytes: weight, gradient and AdamW's two averages (Muon has one for matrices: 12). Backward
+    needs of each block and token, in multiples of `hidden_size`: its input, the first norm's output, query, key, value,
+    attention's output, its sum with the input, the second norm's output (8), and the MLP's hidden layer before and
+    after GELU (2 mlp_ratio); then 4 numbers of the norms and one of each head. The final norm needs its input and 2
+    more. Backward begins in the last block's MLP while all of that is there, with gradients of the hidden layer before
+    and after GELU and of what goes in and out (2 mlp_ratio + 2). Attention itself, fused, keeps nothing that grows
+    with the square of the tokens. An allocator holds more than is in use: ALLOCATOR times as much.
+
+    `bytes_per_number` is 4, or 2 in half precision, roughly: norms and sums stay in fp32.
+    """
+    tokens = (img_size // patch_size) ** 2
+    kept = num_blocks * (hidden_size * (8 + 2 * mlp_ratio) + 4 + num_heads) + hidden_size + 2
+    passing = hidden_size * (2 * mlp_ratio + 2)
+    return ALLOCATOR * (16 * parameters + bytes_per_number * batch_size * tokens * (kept + passing)) / 2**20
+
+
+def count_parameters(**options) -> int:
+    return sum(parameter.numel() for parameter in VisionTransformer(pooling="mean", **options).parameters())
+
+
+def memory_grid() -> list[dict]:
+    """Batch sizes and models to measure: one thing varied at a time, and at last a ViT-S/16 at 224 pixels."""
+    default = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, "mlp_ratio": 4.0}
+    grid = [{**default, name: value} for name, values in GROWTH.items() for value in values]
+    grid += [{**default, "mlp_ratio": 1.0}, {**default, "mlp_ratio": 2.0}, {"batch_size": 16, **VIT_S}]
+    return [options for i, options in enumerate(grid) if options not in grid[:i]]
+
+
+def compare_memory() -> dict:
+    """Peak memory of a training step in a process of its own beside the formula's, and how far off that is.
+
+    Libraries take memory of their own once they are used: that of the smallest model with one image is measured and
+    added to what the formula says.
+    """
+    smallest = {"batch_size": 1, "hidden_size": 8, "num_heads": 2, "num_blocks": 1, "patch_size": 8}
+    base = cost_in_a_process(smallest)["memory_mb"]
+    rows = []
+    for options in tqdm(memory_grid(), desc="memory"):
+        sizes = {name: value for name, value in options.items() if name != "batch_size"}
+        parameters = count_parameters(**sizes)
+        cost = cost_in_a_process(options)
+        predicted = base + predicted_memory_mb(parameters=parameters, **options)
+        error = predicted / cost["memory_mb"] - 1
+        rows.append({**options, "parameters": parameters, **cost, "predicted_mb": predicted, "error": error})
+    print(f"\nlibraries' own: {base:.0f} MB\n")
+    print("| batch | image | patch | hidden | blocks | MLP ratio | parameters | measured, MB | formula, MB | off by |")
+    print("|" + "---:|" * 10)
+    for row in rows:
+        print(
+            f"| {row['batch_size']} | {row.get('img_size', 32)} | {row['patch_size']} | {row['hidden_size']} "
+            f"| {row['num_blocks']} | {row.get('mlp_ratio', 4.0):g} | {row['parameters']:,} | {row['memory_mb']:.0f} "
+            f"| {row['predicted_mb']:.0f} | {row['error']:+.0%} |"
+        )
+    print(f"\nlargest error {max(abs(row['error']) for row in rows):.0%}")
+    return {"base_mb": base, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def plan(config: Config) -> dict:
+    """What ViT-S/16 on ImageNet needs, computed from `config`'s assumptions and counted operations.
+
+    Gradients are summed by ring all-reduce, in which each GPU sends 2 (n - 1) / n times their bytes (Patarasuk & Yuan
+    2009), over the slowest link; in fp32, and none of it hidden behind the backward pass.
+    """
+    model = VisionTransformer(output_size=1000, pooling="mean", **VIT_S)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224)).sum().backward()
+    flops = counter.get_total_flops()  # forward and backward
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    gpus = config.machines * config.gpus
+    per_gpu = config.batch_size // gpus
+    rate = gpus * config.utilisation * config.peak_tflops * 1e12 / flops
+    compute = config.batch_size / rate
+    sent = 2 * (gpus - 1) / gpus * 4 * parameters
+    speed = config.gpu_gigabytes_per_second * 1e9
+    if config.machines > 1:
+        speed = min(speed, config.network_gigabits_per_second * 1e9 / 8)
+    communication = sent / speed
+    steps = config.epochs * (config.images // config.batch_size)
+    overall = config.batch_size / (compute + communication)
+    return {
+        "parameters": parameters,
+        "training_flops_per_image": flops,
+        "gpus": gpus,
+        "images_per_gpu": per_gpu,
+        "images_per_second_by_compute": rate,
+        "compute_seconds_per_step": compute,
+        "communication_bytes_per_step": sent,
+        "communication_seconds_per_step": communication,
+        "images_per_second": overall,
+        "steps": steps,
+        "hours": steps * (compute + communication) / 3600,
+        "memory_gigabytes_per_gpu": predicted_memory_mb(per_gpu, parameters, **VIT_S, bytes_per_number=2) / 1024,
+        "disk_megabytes_per_second": overall * config.picture_kilobytes / 1e3,
+        "gigabytes_of_uint8": config.images * 3 * 224**2 / 1e9,
+    }
+
+
+def print_plan(result: dict, config: Config) -> None:
+    print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper\n")
+    print("| | |\n|---|---:|")
+    for name, value in {
+        "parameters": f"{result['parameters']:,}",
+        "training, GFLOPs per image": f"{result['training_flops_per_image'] / 1e9:.1f}",
+        "GPUs": f"{result['gpus']}, {result['images_per_gpu']} images each",
+        "compute per step": f"{1e3 * result['compute_seconds_per_step']:.1f} ms",
+        "sent by each GPU per step": f"{result['communication_bytes_per_step'] / 1e6:.0f} MB",
+        "communication per step": f"{1e3 * result['communication_seconds_per_step']:.1f} ms",
+        "images/s": f"{result['images_per_second']:,.0f}",
+        "whole run": f"{result['steps']:,} steps, {result['hours']:.1f} hours",
+        "memory of a GPU, bf16": f"{result['memory_gigabytes_per_gpu']:.1f} GB",
+        "JPEGs read": f"{result['disk_megabytes_per_second']:,.0f} MB/s",
+        "the training set as uint8": f"{result['gigabytes_of_uint8']:.0f} GB",
+    }.items():
+        print(f"| {name} | {value} |")
+
+
+# --------------------------------------------------------------------------------------------------------- picture
+
+
+def draw(results: dict, path: Path) -> None:
+    """Left images/s of threads and processes, right the formula's memory against what was measured."""
+    figure = utils.new_figure(1000, 400, dpi=200)
+    utils.add_text(figure, 14, 30, "Threads and processes", size=13, weight="bold")
+    utils.add_text(figure, 14, 50, "images/s of training against one thread, batch 128 in all", size=9.5)
+    axes = utils.add_axes(figure, 60, 70, 380, 270)
+    rows = results["throughput"]
+    combinations = list(dict.fromkeys((row["processes"], row["threads"]) for row in rows))
+    widths = list(dict.fromkeys(row["hidden_size"] for row in rows))
+    for number, (width, color) in enumerate(zip(widths, (utils.BLUE, utils.VERMILLION), strict=False)):
+        bars = [row for row in rows if row["hidden_size"] == width]
+        places = [combinations.index((row["processes"], row["threads"])) + 0.4 * (number - 0.5) for row in bars]
+        axes.bar(places, [row["speedup"] for row in bars], width=0.36, color=color, label=f"hidden {width}")
+        for place, row in zip(places, bars, strict=True):
+            axes.text(place, row["speedup"] + 0.02, f"{row['images_per_second']:,.0f}", ha="center", size=9)
+    utils.tidy(axes)
+    axes.set_xticks(
+        range(len(combinations)), [f"{p} process{'es' * (p > 1)}\n{t} thread{'s' * (t > 1)}" for p, t in combinations]
+    )
+    axes.set_ylabel("times one thread; on the bars images/s", size=9.5, color=utils.DARK)
+    axes.set_ylim(0, 1.25 * max(row["speedup"] for row in rows))
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+
+    utils.add_text(figure, 520, 30, "Memory of a training step", size=13, weight="bold")
+    utils.add_text(figure, 520, 50, "MB above the empty process; grey: within 20 % of what was measured", size=9.5)
+    axes = utils.add_axes(figure, 570, 70, 400, 270)
+    rows = results["memory"]["rows"]
+    values = [value for row in rows for value in (row["memory_mb"], row["predicted_mb"])]
+    ends = [0.8 * min(values), 1.25 * max(values)]
+    axes.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="0.9", lw=0)
+    axes.loglog([row["memory_mb"] for row in rows], [row["predicted_mb"] for row in rows], "o", color=utils.BLUE)
+    utils.tidy(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_ticks([75, 150, 300, 600, 1200])
+        axis.set_ticks([], minor=True)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_xlabel("measured", size=9.5, color=utils.DARK)
+    axes.set_ylabel("formula", size=9.5, color=utils.DARK)
+    utils.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:  # a process started by train_in_processes
+        with distributed.processes():
+            be_one_of_the_processes(*map(int, sys.argv[2:5]), sys.argv[5])
+    else:
+        main()

@@ -1,0 +1,219 @@
+"""Exported files, read back by ONNX Runtime and torch.export, against the PyTorch model on plain images."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import export
+from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
+
+onnx = pytest.importorskip("onnx", reason="needs onnx, onnxscript and onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
+pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")
+
+MEAN, STD = [0.2, 0.5, 0.7], [0.1, 0.3, 0.2]  # of no data set: the model's own are to count
+
+
+def small_vit(**options) -> VisionTransformer:
+    model = VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=8, **options)
+    torch.nn.init.normal_(model.head.weight)  # zeros at first, with which all answers would agree
+    return model
+
+
+def with_metadata(model: Module, classes: int = 10) -> Module:
+    model.metadata = {"dataset": "digits", "classes": [f"class {i}" for i in range(classes)], "mean": MEAN, "std": STD}
+    return model.eval()
+
+
+def plain_images(n: int, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+def expected_logits(model: Module, images: torch.Tensor) -> torch.Tensor:
+    channels = [(images[:, i].double() / 255 - MEAN[i]) / STD[i] for i in range(3)]
+    with torch.no_grad():
+        return model(torch.stack(channels, dim=1).float())
+
+
+def run_onnx(contents: bytes, images: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+        try:
+            code = export.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capsys.readouterr()
+
+    return run
+
+
+def save(model: Module, path, digits, **changes):
+    model.save(path, **{"dataset": "digits", "classes": digits.classes, "mean": MEAN, "std": STD} | changes)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make, size",
+    [
+        (small_vit, 32),
+        (lambda: small_vit(img_size=24, pooling="mean", tokenizer="conv"), 24),
+        (lambda: CNN(img_size=20), 20),
+        (lambda: FeedForward(3 * 16**2, 32), 16),
+    ],
+    ids=["ViT, CLS token", "ViT, conv tokenizer", "CNN", "MLP"],
+)
+def test_any_number_of_plain_images_gives_the_models_logits(make, size):
+    torch.manual_seed(0)
+    model = with_metadata(make())
+    program = export.to_program(model)
+    contents = export.to_onnx(program, model)
+    read_back = torch.export.load(io.BytesIO(export.save_program(program, model))).module()
+    for n in (1, 7):
+        images = plain_images(n, size)
+        expected = expected_logits(model, images)
+        assert expected.std() > 0.01  # answers differ, so that agreeing means something
+        torch.testing.assert_close(run_onnx(contents, images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(read_back(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_of_timm_enlarges_the_images_inside_the_graph():
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = with_metadata(TimmModel("test_vit"))
+    images = plain_images(3)
+    contents = export.to_onnx(export.to_program(model), model)
+    torch.testing.assert_close(run_onnx(contents, images), expected_logits(model, images), atol=1e-3, rtol=1e-3)
+
+
+def test_script(tmp_path, digits, run):
+    torch.manual_seed(0)
+    model = small_vit().eval()
+    path = save(model, tmp_path / "a.pt", digits)
+    code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--repeats", 2, "--images", 100)
+    assert code == 0 and "| ONNX Runtime | " in out and "100 of 100" in out
+
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text())
+    accuracy = (expected_logits(model, digits.test.images).argmax(dim=1) == digits.test.labels).double().mean().item()
+    assert report["rows"]["PyTorch"]["accuracy"] == pytest.approx(accuracy) and report["test_images"] == 360
+    for row in report["rows"].values():
+        assert row["bytes"] > 1000 and row["milliseconds_batch_1"] > 0 and row["milliseconds_batch_128"] > 0
+    for who in ("ONNX Runtime", "ExportedProgram"):
+        assert report["rows"][who]["same_top_1"] == 100 and report["rows"][who]["largest_difference"] < 1e-4
+    assert report["provenance"]["onnxruntime"] == onnxruntime.__version__
+
+    contents = (tmp_path / "a.onnx").read_bytes()
+    onnx.checker.check_model(onnx.load_from_string(contents), full_check=True)
+    session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.shape, images.type) == ("images", ["batch", 3, 32, 32], "tensor(uint8)")
+    assert (logits.name, logits.shape, logits.type) == ("logits", ["batch", 10], "tensor(float)")
+    notes = session.get_modelmeta().custom_metadata_map
+    assert json.loads(notes["classes"]) == digits.classes and json.loads(notes["image_size"]) == 32
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "a.pt2", extra_files=extra)
+    assert json.loads(extra["metadata.json"])["classes"] == digits.classes
+    here = export.__file__.encode()
+    for file in (tmp_path / "a.onnx", tmp_path / "a.pt2"):
+        assert here not in file.read_bytes()  # the exporters note lines of code: nobody's business
+
+
+def test_eight_bits_are_a_quarter_of_the_size_and_nearly_the_same_answers(tmp_path):
+    torch.manual_seed(0)
+    model = with_metadata(FeedForward(3072, 256))
+    contents = export.to_onnx(export.to_program(model), model)
+    small = export.quantise(contents)
+    assert len(small) < 0.3 * len(contents)
+    images = plain_images(200)
+    expected, logits = expected_logits(model, images), run_onnx(small, images)
+    difference = (logits - expected).std() / expected.std()
+    assert 1e-5 < difference < 0.05
+    assert json.loads(onnxruntime.InferenceSession(small).get_modelmeta().custom_metadata_map["image_size"]) == 32
+
+
+@torch.no_grad()
+def fitted_mlp(digits) -> FeedForward:
+    """Random hidden units, and an output layer by ridge regression: right on 97 digits of 100."""
+    torch.manual_seed(0)
+    model = FeedForward(hidden_size=200)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    hidden = model.hidden(((digits.train.images.float() / 255 - mean) / std).flatten(1)).relu().double()
+    targets = torch.nn.functional.one_hot(digits.train.labels, 10).double() - 0.1
+    model.output.weight.copy_(torch.linalg.solve(hidden.T @ hidden + torch.eye(200), hidden.T @ targets).T)
+    model.output.bias.fill_(0.1)
+    return model
+
+
+def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monkeypatch):
+    path = save(fitted_mlp(digits), tmp_path / "a.pt", digits)
+    flags = (path, "--figures_dir", tmp_path / "figures", "--no-latency")
+    assert run(*flags)[0] == 0 and (tmp_path / "a.int8.onnx").exists()
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text())
+    accuracy = report["rows"]["PyTorch"]["accuracy"]
+    assert accuracy > 0.8 and report["rows"]["ONNX Runtime, 8 bits"]["accuracy"] == pytest.approx(accuracy, abs=0.005)
+    assert report["8_bits_kept"] and "milliseconds_batch_1" not in report["rows"]["PyTorch"]
+
+    def always_the_first_class(contents: bytes) -> bytes:
+        model = onnx.load_from_string(contents)
+        bias = next(tensor for tensor in model.graph.initializer if "output.bias" in tensor.name)
+        bias.raw_data = (torch.arange(10).float() * -1e4).numpy().tobytes()
+        return model.SerializeToString()
+
+    monkeypatch.setattr(export, "quantise", always_the_first_class)
+    code, out, _ = run(*flags)
+    lost = accuracy - (digits.test.labels == 0).double().mean().item()
+    assert code == 0 and "not kept" in out and f"lose {100 * lost:.2f} percentage points" in out
+    assert not (tmp_path / "a.int8.onnx").exists()  # nor that of the export before
+    assert (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize("what", ["ONNX Runtime", "ExportedProgram"])
+def test_a_wrong_graph_leaves_no_file(tmp_path, digits, run, monkeypatch, what):
+    torch.manual_seed(0)
+    path = save(FeedForward(hidden_size=32), tmp_path / "a.pt", digits)
+    if what == "ONNX Runtime":  # both have it: the first to be checked is named
+        monkeypatch.setattr(
+            export.WithNormalisation, "forward", lambda self, images: self.model((images / 255 - 0.5) / self.std)
+        )
+    else:
+        monkeypatch.setattr(
+            export, "load_program", lambda contents: lambda images: torch.full((len(images), 10), torch.nan)
+        )
+    code, out, err = run(path, "--no-latency", "--figures_dir", tmp_path)
+    assert code == 1 and "error: " + what + " does not answer as the model does" in err.replace("\r", "\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_errors_are_one_line(tmp_path, digits, run, monkeypatch):
+    path = save(CNN(), tmp_path / "a.pt", digits)
+    damaged = tmp_path / "damaged.pt"
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    damaged.write_bytes(contents)
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(contents[:5000])
+    nameless = tmp_path / "nameless.pt"
+    CNN().save(nameless)
+    before = set(tmp_path.iterdir())
+    for arguments, words in (
+        ([], "required"),
+        ([tmp_path / "none.pt"], "No such file"),
+        ([damaged], "damaged"),
+        ([truncated], "damaged"),
+        ([nameless], "does not say what the model was trained on"),
+        ([path, "--repeats", 0], "repeats must be at least 1"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    code, out, err = run(path)
+    assert code == 2 and err.endswith("exporting needs onnxscript: pip install onnx onnxscript onnxruntime\n")
+    assert set(tmp_path.iterdir()) == before
