@@ -1,8 +1,8 @@
-"""What hangs on the Runner: averaged weights, early stopping, TensorBoard; and a compiled model."""
+"""What hangs on the Runner: averaged weights, early stopping, frames, TensorBoard; and a compiled model."""
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -90,6 +90,32 @@ class EarlyStopping:
     def load_state_dict(self, state: dict) -> None:
         if state["quantity"] == self.quantity:  # else the search for the best begins anew
             self.epoch, self.best, self.weights = state["epoch"], state["best"], state["weights"]
+
+
+def draw_frames(
+    runner: Runner, loader: Iterable, classes: list[str], folder: Path, count: int, epochs: int, title: str
+) -> None:
+    """Have a runner draw `count` frames of a GIF into `folder` while it trains, spread over all its steps, besides
+    those of the beginning and the end: curves, and what it says of six images of `loader`."""
+
+    def draw(runner: Runner) -> None:
+        epoch = min(runner.epoch + 1, epochs)
+        runner.plot(loader, folder / f"frame_{runner.step:07d}.png", classes, f"{title}, epoch {epoch} of {epochs}")
+
+    def draw_when_due(runner: Runner) -> None:
+        if runner.step % -(-runner.total_steps // count) == 0:
+            draw(runner)
+
+    def draw_last(runner: Runner) -> None:
+        if runner.step == runner.total_steps:  # once more, now that the last validation is in
+            draw(runner)
+
+    if runner.step == 0:
+        for frame in folder.glob("frame_*.png"):
+            frame.unlink()
+        runner.callbacks["train_start"].append(draw)
+    runner.callbacks["step_end"].append(draw_when_due)
+    runner.callbacks["epoch_end"].append(draw_last)
 
 
 class TensorBoard:

@@ -80,6 +80,11 @@ class Module(nn.Module):
         return model.to(device).eval()
 
 
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers a model has to learn."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*(_subclasses(subclass) for subclass in cls.__subclasses__()))
 

@@ -31,7 +31,7 @@ import distributed
 import utils
 from benchmark import GROWTH, cost_in_a_process, synthetic_data
 from files import write_bytes
-from network import VisionTransformer
+from network import VisionTransformer, num_parameters
 from optim import build_optimizer, build_schedule
 from runner import Runner
 
@@ -147,7 +147,7 @@ def be_one_of_the_processes(width: int, images: int, threads: int, path: str) ->
         started = time.perf_counter()
         runner.train(loader, epochs=1)
         seconds.append(time.perf_counter() - started)
-    gradients = torch.zeros(sum(parameter.numel() for parameter in model.parameters()))
+    gradients = torch.zeros(num_parameters(model))
     all_reduces = []
     for _ in range(20 if distributed.world_size() > 1 else 0):
         started = time.perf_counter()
@@ -196,10 +196,6 @@ def predicted_memory_mb(
     return ALLOCATOR * (16 * parameters + bytes_per_number * batch_size * tokens * (kept + passing)) / 2**20
 
 
-def count_parameters(**options) -> int:
-    return sum(parameter.numel() for parameter in VisionTransformer(pooling="mean", **options).parameters())
-
-
 def memory_grid() -> list[dict]:
     """Batch sizes and models to measure: one thing varied at a time, and at last a ViT-S/16 at 224 pixels."""
     default = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, "mlp_ratio": 4.0}
@@ -219,7 +215,7 @@ def compare_memory() -> dict:
     rows = []
     for options in tqdm(memory_grid(), desc="memory"):
         sizes = {name: value for name, value in options.items() if name != "batch_size"}
-        parameters = count_parameters(**sizes)
+        parameters = num_parameters(VisionTransformer(pooling="mean", **sizes))
         cost = cost_in_a_process(options)
         predicted = base + predicted_memory_mb(parameters=parameters, **options)
         error = predicted / cost["memory_mb"] - 1
@@ -250,7 +246,7 @@ def plan(config: Config) -> dict:
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224)).sum().backward()
     flops = counter.get_total_flops()  # forward and backward
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = num_parameters(model)
     gpus = config.machines * config.gpus
     per_gpu = config.batch_size // gpus
     rate = gpus * config.utilisation * config.peak_tflops * 1e12 / flops

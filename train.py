@@ -14,9 +14,7 @@ import json
 import math
 import shlex
 import shutil
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,10 +26,11 @@ import cli
 import distributed
 import utils
 from augment import parse_augment
-from callbacks import EarlyStopping, TensorBoard, WeightAverage, compile_training
-from files import CheckpointError, read_file, write_bytes, write_file
-from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
-from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule, rates_and_decays, set_rates_and_decays
+from callbacks import EarlyStopping, TensorBoard, WeightAverage, compile_training, draw_frames
+from checkpoints import Checkpoints, stop_on_signals
+from files import write_bytes
+from network import CNN, FeedForward, Module, TimmModel, VisionTransformer, num_parameters
+from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule
 from pretrained import freeze_backbone, load_timm_weights, start_from
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from setup_cifar import Dataset, load_data
@@ -172,12 +171,25 @@ class Files:
         self.attention = self.figures / f"attention_maps{'_' + config.name if config.name else suffix}.png"
         self.gif = root / f"animation_{config.name or config.model.removeprefix('timm:') + suffix}.gif"
 
-    def prepare(self) -> None:
-        """Make the folders, and make sure now that they can be written."""
+    def claim(self) -> FileLock:
+        """Make the folders, make sure now that they can be written, and lock the name.
+
+        The lock is released when this process ends, however it ends.
+
+        Raises:
+            OSError: a folder that cannot be written.
+            ValueError: another run of this name is under way.
+        """
         for folder in (self.saved, self.figures):
             probe = folder / f".{self.name}.probe"
             write_bytes(probe, b"")
             probe.unlink()
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run named {self.name} is under way here: choose another --name") from None
+        return lock
 
 
 def main() -> None:
@@ -187,69 +199,33 @@ def main() -> None:
         check(config)
         device = choose_device(distributed.device_name(config.device))
         config.precision = choose_precision(config.precision, device)
-        with distributed.one_before_the_others():
-            data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
-        flags = dataclasses.replace(config, data_dir=None, output_dir="")  # machines may differ in these
-        distributed.require_same("hyperparameters and images", f"{flags} {data.name} {len(data.train)}")
-        if config.folds:
-            data = data.fold(config.fold, config.folds, config.split_seed)
-        if config.classes is not None:
-            data = data.select(config.classes.split(","))
-        if config.label_fraction < 1:
-            data = data.part_of_labels(config.label_fraction, config.split_seed)
-        step_size = config.batch_size * config.grad_accum
-        if step_size > len(data.train):
-            times = f" times grad_accum {config.grad_accum}" if config.grad_accum > 1 else ""
-            raise ValueError(
-                f"batch_size {config.batch_size}{times} is larger than the training set of {len(data.train)}"
-            )
+        data = load_images(config)
         torch.manual_seed(config.seed)
-        try:
-            model = build_model(config, data)
-        except (RuntimeError, OverflowError) as error:
-            raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
+        model = build_model(config, data)
         use_trained_weights(model, data, config)
         distributed.share_batch_norm(model, device)
-        files = Files(config, model.title, data.name)
 
         share = {"rank": distributed.rank(), "world_size": distributed.world_size()}  # of each batch
-        train_loader = data.loader(
-            "train", step_size, device, shuffle=True, augment=config.augment, seed=config.seed, **share
-        )
+        options = {"shuffle": True, "augment": config.augment, "seed": config.seed}
+        train_loader = data.loader("train", config.batch_size * config.grad_accum, device, **options, **share)
         val_loader = data.loader("val", 500, device, **share)
-        optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
-        runner = Runner(
-            model,
-            optimizer,
-            torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-            device,
-            scheduler=build_schedule(optimizer, config.epochs * len(train_loader), config.warmup, config.schedule),
-            eval_criterion=torch.nn.CrossEntropyLoss(),
-            log_every=min(50, len(train_loader)),
-            grad_clip=config.grad_clip or None,
-            skip_nonfinite=config.skip_nonfinite,
-            precision=config.precision,
-            grad_accum=config.grad_accum,
-        )
-        if config.ema:
-            WeightAverage(runner, config.ema)
+        runner = build_runner(model, device, config, steps=config.epochs * len(train_loader))
         stopping = None
         if config.patience:
             stopping = EarlyStopping(runner, config.monitor, config.patience, config.min_improvement)
-        if config.resume:
-            resume(runner, config, files)
+
+        files = Files(config, model.title, data.name)
+        checkpoints = Checkpoints(files.checkpoint, dataclasses.asdict(config))
+        if config.resume and (results := checkpoints.resume(runner)):
+            print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {files.model}")
+            return
         first = distributed.rank() == 0  # of several processes it alone writes
         if first:
             if config.tensorboard:
                 TensorBoard(runner, files.tensorboard, val_loader, data.classes)
-            files.prepare()
-            lock = FileLock(files.lock)
-            try:
-                lock.acquire(timeout=0)  # released by the system when this process ends, however it ends
-            except Timeout:
-                raise ValueError(f"another run named {files.name} is under way here: choose another --name") from None
+            lock = files.claim()  # noqa: F841  kept until the end
             if not config.resume:
-                keep_interrupted_run(files)
+                checkpoints.set_interrupted_run_aside()
                 for path in (files.best, files.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
             if stopping:
@@ -261,19 +237,19 @@ def main() -> None:
         runner.training_model = distributed.share_gradients(runner.training_model, device)
 
     title = f"{model.title} on {data.name}" + (f", {len(data.classes)} classes" if config.classes else "")
-    parameters = sum(p.numel() for p in model.parameters())
     processes = f", in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    print(f"{title}: {parameters:,} parameters, {len(data.train):,} training images, on {device}{processes}")
+    print(f"{title}: {num_parameters(model):,} parameters, {len(data.train):,} training images, on {device}{processes}")
     if first:
-        draw_frames(runner, val_loader, data, config, files, title)
-        write_checkpoints(runner, config, files)
+        if config.gif_frames:
+            draw_frames(runner, val_loader, data.classes, files.frames, config.gif_frames, config.epochs, title)
+        checkpoints.write_regularly(runner, config.checkpoint_minutes)
     interrupted = stop_on_signals(runner)
     try:
         if runner.epoch < config.epochs:
             runner.train(train_loader, val_loader, epochs=config.epochs - runner.epoch)
         if number := distributed.largest(interrupted[0] if interrupted else 0):  # of a signal, to any of the processes
             if first:
-                save_checkpoint(runner, config, files)
+                checkpoints.write(runner)
             distributed.wait_for_all()
             command = shlex.join(distributed.launcher() + sys.argv + ([] if config.resume else ["--resume"]))
             print(f"\ninterrupted after step {runner.step}; to go on: {command}")
@@ -287,7 +263,11 @@ def main() -> None:
             stopping.use_best(runner)
         test_loss, test_accuracy = runner.test(data.loader("test", 500, device, **share))  # once, at the end
         if first:
-            save_results(runner, data, config, files, title, epoch, test_loss, test_accuracy)
+            results = save_results(runner, data, config, files, title, epoch, test_loss, test_accuracy)
+            checkpoints.write(runner, results)
+            shutil.rmtree(files.frames, ignore_errors=True)  # only now: a run killed before this needs them again
+            tested = f"{data.name}, {len(data.test):,} images"
+            print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({tested})")
     except (NonFiniteLoss, OSError) as error:
         cli.fail(str(error), code=1)
 
@@ -301,10 +281,10 @@ def save_results(
     epoch: int,
     test_loss: float,
     test_accuracy: float,
-) -> None:
-    """Write the model, whose weights are `epoch`'s, its figures and pictures."""
+) -> dict:
+    """Write the model, whose weights are `epoch`'s, its figures and pictures; returns the figures."""
     results = {
-        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "parameters": num_parameters(runner.model),
         "epochs": runner.epoch,
         "tested_epoch": epoch,
         "val_accuracy": runner.metrics["val_accuracy"][epoch - 1],
@@ -324,10 +304,8 @@ def save_results(
     }
     write_bytes(files.report, json.dumps(report, indent=1).encode())
     written = [files.model, files.report] + draw_pictures(runner, data, config, files, title)
-    save_checkpoint(runner, config, files, results)
-    shutil.rmtree(files.frames, ignore_errors=True)  # only now: a run that is killed before this needs them again
     print("wrote " + ", ".join(str(path) for path in written))
-    print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({data.name}, {len(data.test):,} images)")
+    return results
 
 
 def use_defaults(config: Config) -> None:
@@ -379,28 +357,74 @@ def check(config: Config) -> None:
         raise ValueError(f"name {config.name!r} must be the name of a file, not a path")
 
 
+def load_images(config: Config) -> Dataset:
+    """The data set, or the part of it that is asked for; the same for all processes."""
+    with distributed.one_before_the_others():
+        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
+    flags = dataclasses.replace(config, data_dir=None, output_dir="")  # machines may differ in these
+    distributed.require_same("hyperparameters and images", f"{flags} {data.name} {len(data.train)}")
+    if config.folds:
+        data = data.fold(config.fold, config.folds, config.split_seed)
+    if config.classes is not None:
+        data = data.select(config.classes.split(","))
+    if config.label_fraction < 1:
+        data = data.part_of_labels(config.label_fraction, config.split_seed)
+    if config.batch_size * config.grad_accum > len(data.train):
+        times = f" times grad_accum {config.grad_accum}" if config.grad_accum > 1 else ""
+        raise ValueError(f"batch_size {config.batch_size}{times} is larger than the training set of {len(data.train)}")
+    return data
+
+
 def build_model(config: Config, data: Dataset) -> Module:
-    """The model by name, its input and output sizes those of the data."""
+    """The model by name, its input and output sizes those of the data.
+
+    Raises:
+        ValueError: sizes that do not go together, or for which there is no memory.
+    """
     size, classes = data.image_size, len(data.classes)
-    if config.model == "cnn":
-        return CNN(size, classes)
-    if config.model == "mlp":
-        return FeedForward(3 * size**2, config.hidden_size, classes)
-    if config.model.startswith("timm:"):
-        return TimmModel(config.model.removeprefix("timm:"), size, classes, config.drop_path)
-    return VisionTransformer(
-        img_size=size,
-        hidden_size=config.hidden_size,
-        output_size=classes,
-        num_heads=config.num_heads,
-        num_blocks=config.num_blocks,
-        patch_size=config.patch_size,
-        mlp_ratio=config.mlp_ratio,
-        pooling=config.pooling,
-        tokenizer=config.tokenizer,
-        tokenizer_depth=config.tokenizer_depth,
-        drop_path=config.drop_path,
+    try:
+        if config.model == "cnn":
+            return CNN(size, classes)
+        if config.model == "mlp":
+            return FeedForward(3 * size**2, config.hidden_size, classes)
+        if config.model.startswith("timm:"):
+            return TimmModel(config.model.removeprefix("timm:"), size, classes, config.drop_path)
+        return VisionTransformer(
+            img_size=size,
+            hidden_size=config.hidden_size,
+            output_size=classes,
+            num_heads=config.num_heads,
+            num_blocks=config.num_blocks,
+            patch_size=config.patch_size,
+            mlp_ratio=config.mlp_ratio,
+            pooling=config.pooling,
+            tokenizer=config.tokenizer,
+            tokenizer_depth=config.tokenizer_depth,
+            drop_path=config.drop_path,
+        )
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
+
+
+def build_runner(model: Module, device: torch.device, config: Config, steps: int) -> Runner:
+    """The Runner with its optimiser, and a schedule for so many steps."""
+    optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
+    runner = Runner(
+        model,
+        optimizer,
+        torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        device,
+        scheduler=build_schedule(optimizer, steps, config.warmup, config.schedule),
+        eval_criterion=torch.nn.CrossEntropyLoss(),
+        log_every=min(50, steps // config.epochs),
+        grad_clip=config.grad_clip or None,
+        skip_nonfinite=config.skip_nonfinite,
+        precision=config.precision,
+        grad_accum=config.grad_accum,
     )
+    if config.ema:
+        WeightAverage(runner, config.ema)
+    return runner
 
 
 def use_trained_weights(model: Module, data: Dataset, config: Config) -> None:
@@ -416,140 +440,7 @@ def use_trained_weights(model: Module, data: Dataset, config: Config) -> None:
         freeze_backbone(model)
 
 
-# --------------------------------------------------------------------------------------------------- interruptions
-
-
-def save_checkpoint(runner: Runner, config: Config, files: Files, results: dict | None = None) -> None:
-    """All that is needed to go on; `results` are the figures of a run that has ended."""
-    write_file(
-        files.checkpoint, {"runner": runner.state_dict(), "config": dataclasses.asdict(config), "results": results}
-    )
-
-
-def write_checkpoints(runner: Runner, config: Config, files: Files) -> None:
-    """Have the runner write a checkpoint after every epoch, and every few minutes within one."""
-    last = [time.monotonic()]
-
-    def write(runner: Runner) -> None:
-        save_checkpoint(runner, config, files)
-        last[0] = time.monotonic()
-
-    def write_when_due(runner: Runner) -> None:
-        if time.monotonic() - last[0] > 60 * config.checkpoint_minutes:
-            write(runner)
-
-    runner.callbacks["step_end"].append(write_when_due)
-    runner.callbacks["epoch_end"].append(write)
-
-
-def read_checkpoint(files: Files) -> dict:
-    if not files.checkpoint.exists():
-        raise CheckpointError(f"there is no {files.checkpoint} to resume from: run without --resume")
-    checkpoint = read_file(files.checkpoint)
-    if not {"runner", "config", "results"} <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
-        raise CheckpointError(f"{files.checkpoint} is not a checkpoint of a run")
-    return checkpoint
-
-
-def resume(runner: Runner, config: Config, files: Files) -> None:
-    """Bring the runner to where the last checkpoint was written.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters.
-    """
-    checkpoint = distributed.from_the_first(read_checkpoint, files)
-    changed = [
-        f"{name} was {before!r} and is {now!r}"
-        for name, now in dataclasses.asdict(config).items()
-        if (before := checkpoint["config"].get(name)) != now and name not in CHANGEABLE
-    ]
-    if changed and not config.resume_changed:
-        raise CheckpointError(f"{'; '.join(changed)}: --resume_changed goes on with the change")
-    if checkpoint["results"] is not None and not changed:
-        print(f"this run has finished: test accuracy {checkpoint['results']['test_accuracy']:.2%}, {files.model}")
-        raise SystemExit(0)
-    if checkpoint["config"].get("optimizer") != config.optimizer:
-        raise CheckpointError(f"{files.checkpoint} does not fit: it holds the state of another optimizer")
-    wanted = rates_and_decays(runner.optimizer)
-    try:
-        runner.load_state_dict(checkpoint["runner"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{files.checkpoint} does not fit this model: {reason}") from None
-    if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold
-        set_rates_and_decays(runner.optimizer, runner.scheduler, wanted)
-    print(f"resuming after epoch {runner.epoch}, step {runner.step}")
-
-
-CHANGEABLE = (
-    "data_dir",
-    "device",
-    "name",
-    "output_dir",
-    "tensorboard",
-    "resume",
-    "resume_changed",
-    "checkpoint_minutes",
-    "compile",
-)
-
-
-def keep_interrupted_run(files: Files) -> None:
-    """Set the checkpoint of an interrupted run aside, rather than have the new run of that name overwrite it."""
-    try:
-        unfinished = files.checkpoint.exists() and read_file(files.checkpoint).get("results") is None
-    except CheckpointError:
-        return
-    if unfinished:
-        aside = files.checkpoint.with_name(files.checkpoint.name + ".previous")
-        files.checkpoint.replace(aside)
-        print(f"an interrupted run of this name is now {aside}; to go on with it, rename it back and use --resume")
-
-
-def stop_on_signals(runner: Runner) -> list[int]:
-    """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once.
-
-    Returns a list that the signal's number is put into.
-    """
-    received = []
-
-    def stop(number, frame):
-        received.append(number)
-        runner.stop = True
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return received
-
-
 # -------------------------------------------------------------------------------------------------------- pictures
-
-
-def draw_frames(runner: Runner, val_loader, data: Dataset, config: Config, files: Files, title: str) -> None:
-    """Have the runner draw the frames of the GIF while it trains."""
-    if not config.gif_frames:
-        return
-
-    def draw(runner: Runner) -> None:
-        epoch = min(runner.epoch + 1, config.epochs)
-        path = files.frames / f"frame_{runner.step:07d}.png"
-        runner.plot(val_loader, path, data.classes, f"{title}, epoch {epoch} of {config.epochs}")
-
-    def draw_when_due(runner: Runner) -> None:
-        if runner.step % -(-runner.total_steps // config.gif_frames) == 0:
-            draw(runner)
-
-    def draw_last(runner: Runner) -> None:
-        if runner.step == runner.total_steps:  # once more, now that the last validation is in
-            draw(runner)
-
-    if runner.step == 0:
-        for frame in files.frames.glob("frame_*.png"):
-            frame.unlink()
-        runner.callbacks["train_start"].append(draw)
-    runner.callbacks["step_end"].append(draw_when_due)
-    runner.callbacks["epoch_end"].append(draw_last)
 
 
 def draw_pictures(runner: Runner, data: Dataset, config: Config, files: Files, title: str) -> list[Path]:

@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 
 import files
 import train
-from network import VisionTransformer
+from callbacks import draw_frames
+from checkpoints import Checkpoints
+from network import Module, VisionTransformer
+from runner import Runner
 from setup_cifar import Dataset, Split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,15 +194,15 @@ def test_a_run_killed_three_times_ends_as_the_run_left_alone(tmp_path):
 
 def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path, monkeypatch):
     flags = ("--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--gif_frames", "2")
-    save_checkpoint = train.save_checkpoint
+    write = Checkpoints.write
 
-    def die_at_the_end(runner, config, files, results=None):
+    def die_at_the_end(checkpoints, runner, results=None):
         if results is not None:
             raise SystemExit(9)
-        save_checkpoint(runner, config, files)
+        write(checkpoints, runner)
 
     with pytest.MonkeyPatch.context() as dying:
-        dying.setattr(train, "save_checkpoint", die_at_the_end)
+        dying.setattr(Checkpoints, "write", die_at_the_end)
         assert run_main(monkeypatch, tmp_path, *flags)[0] == 9
     gif = (tmp_path / "animation_vit_digits.gif").read_bytes()
     assert run_main(monkeypatch, tmp_path, *flags, "--resume") == (0, "")
@@ -210,15 +213,15 @@ def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_f
 def interrupt(monkeypatch, folder: Path, event: str, *flags: str) -> None:
     """Run until the given callback event, and end there as a kill would, after writing a checkpoint."""
 
-    def write_and_die(runner, config, files):
+    def write_and_die(checkpoints, runner, minutes):
         def die(runner):
-            train.save_checkpoint(runner, config, files)
+            checkpoints.write(runner)
             raise SystemExit(9)
 
         runner.callbacks[event].append(die)
 
     with pytest.MonkeyPatch.context() as dying:
-        dying.setattr(train, "write_checkpoints", write_and_die)
+        dying.setattr(Checkpoints, "write_regularly", write_and_die)
         assert run_main(monkeypatch, folder, *flags)[0] == 9
 
 
@@ -230,9 +233,7 @@ def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_p
     interrupt(monkeypatch, tmp_path / "killed", "step_end", *flags)
     assert run_main(monkeypatch, tmp_path / "killed", *flags, "--resume") == (0, "")
     assert run_main(monkeypatch, tmp_path / "alone", *flags) == (0, "")
-    killed, alone = (
-        train.Module.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone")
-    )
+    killed, alone = (Module.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone"))
     assert all(torch.equal(a, b) for a, b in zip(killed.parameters(), alone.parameters(), strict=True))
 
 
@@ -285,16 +286,15 @@ def test_a_long_run_does_not_grow(tmp_path, monkeypatch):
 
     data = tiny_dataset()
     model = VisionTransformer(hidden_size=8, num_heads=2, num_blocks=1, patch_size=16)
-    config = train.Config(epochs=200, gif_frames=20, output_dir=str(tmp_path))
-    paths = train.Files(config, "VisionTransformer", "digits")
-    runner = train.Runner(model, torch.optim.AdamW(model.parameters()), torch.nn.CrossEntropyLoss(), "cpu")
+    runner = Runner(model, torch.optim.AdamW(model.parameters()), torch.nn.CrossEntropyLoss(), "cpu")
     val_loader = data.loader("val", 8)
-    train.draw_frames(runner, val_loader, data, config, paths, "a long run")
-    train.write_checkpoints(runner, config, paths)
+    frames = tmp_path / "frames"
+    draw_frames(runner, val_loader, data.classes, frames, count=20, epochs=200, title="a long run")
+    Checkpoints(tmp_path / "checkpoint", {}).write_regularly(runner, minutes=5)
     runner.callbacks["epoch_end"].append(measure)
     runner.train(data.loader("train", 16, shuffle=True), val_loader, epochs=200)
     assert sizes[1] < 1.05 * sizes[0]
-    assert len(list(paths.frames.iterdir())) <= 22
+    assert len(list(frames.iterdir())) <= 22
 
 
 # ------------------------------------------------------------------------------------------- any hyperparameters
@@ -342,7 +342,7 @@ def test_any_hyperparameters_train_or_are_refused_before_anything_is_written(siz
             assert list(Path(folder).iterdir()) == []
         else:
             trained.append(hyperparameters)
-            model = train.Module.load(next(Path(folder).glob("saved/*.pt")))
+            model = Module.load(next(Path(folder).glob("saved/*.pt")))
             logits = model(torch.rand(2, 3, size, size))
             assert logits.shape == (2, 10) and logits.isfinite().all()
 

@@ -25,6 +25,7 @@ import cli
 import optim
 import setup_cifar
 import train
+from checkpoints import Checkpoints
 from files import read_file
 from network import CNN, FeedForward, Module, VisionTransformer
 
@@ -378,7 +379,7 @@ def test_device_flag_names_the_device(tmp_path, capsys, plain):
 
 def test_checkpoints_are_written_as_often_as_asked(tmp_path):
     steps = []
-    with mock.patch.object(train, "save_checkpoint", lambda runner, *args: steps.append(runner.step)):
+    with mock.patch.object(Checkpoints, "write", lambda checkpoints, runner, *results: steps.append(runner.step)):
         quick(tmp_path / "rarely")
         assert steps == [6, 6]  # after the epoch, and with the results
         steps.clear()
