@@ -50,9 +50,10 @@ def clock_unit(seconds: float) -> tuple[float, str]:
     return (60, "minutes") if seconds > 300 else (1, "seconds")
 
 
-def logarithmic_time(axes: Axes) -> None:
+def logarithmic_time(axes: Axes, subs: tuple[int, ...] = (1, 2, 5)) -> None:
+    """A logarithmic axis with ticks at these multiples of the powers of ten."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -103,7 +104,7 @@ def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
                 axes.set_ylabel("accuracy, %" if metric == "accuracy" else "loss", size=9.5, color=utils.DARK)
                 axes.yaxis.set_label_coords(-44 / (width - 50), 0.5)
             if against == "time":
-                logarithmic_time(axes)
+                logarithmic_time(axes, (1, 3))
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -333,7 +333,7 @@ def draw(results: dict, path: Path) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_ticks([75, 150, 300, 600, 1200])
-        axis.set_ticks([], minor=True)
+        axis.set_minor_locator(NullLocator())
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_xlabel("measured", size=9.5, color=utils.DARK)
