@@ -181,7 +181,8 @@ def compile_training(runner: Runner, images: torch.Tensor) -> None:
     before = copy.deepcopy(model.state_dict())
     compiled, reason = torch.compile(model), None
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # each process tries for itself: one that fails would leave the others waiting for its part of a BatchNorm
+        with distributed.apart(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             runner._logits(compiled, images.to(device)).sum().backward()
     except Exception as error:  # of compilers, code generators and drivers there is no end of kinds
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

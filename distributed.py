@@ -8,7 +8,9 @@ besides. In a process that is alone all of this does nothing.
 
 import contextlib
 import datetime
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a process that ends is missed at once; this is for one that hangs
+PATIENCE = datetime.timedelta(days=1)  # with one that does something before the others: a download may take long
 _store = None  # shared by the processes, before and after anything goes wrong
+_turns = itertools.count()  # of `one_before_the_others`
+_apart = False  # whether this process acts as if it were alone, see `apart`
 
 
 @contextlib.contextmanager
@@ -37,7 +42,7 @@ def processes() -> Iterator[None]:
         _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(store=_store, rank=number, world_size=count, timeout=TIMEOUT)
         if number > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         yield
         wait_for_all()  # the first may still be drawing
         dist.destroy_process_group()
@@ -47,7 +52,7 @@ def processes() -> Iterator[None]:
             raise
         if first:
             script = os.path.basename(sys.argv[0])
-            reason = str(error).partition(". ")[0]
+            reason = re.sub(r"\[/\S+\] ", "", str(error).partition(". ")[0])  # without the line of gloo's own code
             print(
                 f"{script}: error: one of {os.environ['WORLD_SIZE']} processes was killed, crashed or hangs, and the "
                 f"others end with it; --resume goes on from the last checkpoint ({reason})",
@@ -66,14 +71,30 @@ def rank() -> int:
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process waits for no other, whatever it calls."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
 
 
 def launcher() -> list[str]:
-    """What a command line begins with, to start as many processes on this machine again."""
+    """What this machine's command line begins with, to start as many processes again."""
     if world_size() == 1:
         return [sys.executable]
-    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
+    command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # several machines
+        names = {"nnodes": "GROUP_WORLD_SIZE", "node_rank": "GROUP_RANK"}
+        names |= {"master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
+        command += [f"--{flag}={os.environ[name]}" for flag, name in names.items()]
+    return command
 
 
 def first_to_fail() -> bool:
@@ -122,12 +143,13 @@ def add_up_on_device(*tensors: torch.Tensor) -> None:
 @contextlib.contextmanager
 def one_before_the_others() -> Iterator[None]:
     """The first process of each machine does this alone, a download say; then the others do it, and find it done."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        wait_for_all()
-        yield
-    else:
-        yield
-        wait_for_all()
+    done = f"turn {next(_turns)} of machine {os.environ.get('GROUP_RANK', 0)} is over"
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world_size() > 1 and not first:
+        _store.wait([done], PATIENCE)
+    yield
+    if world_size() > 1 and first:
+        _store.set(done, "")
 
 
 def from_the_first(make: Callable[..., Any], *args: Any) -> Any:
@@ -196,7 +218,8 @@ def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` to be called in training: after `backward` each gradient is the mean over all processes."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -224,7 +247,8 @@ class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        if world_size() > 1:
+            dist.all_reduce(x)
         return x
 
     @staticmethod

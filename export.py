@@ -139,8 +139,8 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
         written[small_path] = small_bytes
     written[Path(config.figures_dir) / f"{name}_export.json"] = json.dumps(report, indent=1).encode()
     print(f"\n{markdown_table(report)}\n")
-    what = f"8 bits lose {100 * lost:.2f} percentage points of test accuracy, where {100 * LOSS_ALLOWED} are allowed"
-    print(f"{what}: {'kept' if report['8_bits_kept'] else 'not kept'}")
+    what = f"8 bits change test accuracy by {-100 * lost:+.2f} percentage points"
+    print(f"{what}, {-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
     for path, contents in written.items():
         write_bytes(path, contents)
     if not report["8_bits_kept"]:

@@ -197,12 +197,12 @@ class Runner:
             for images, labels in batches:
                 started = time.perf_counter()
                 due = self.step + 1 == self.total_steps or (self.step + 1) % self.log_every == 0
-                self._train_step(*self._to_device(images, labels), due)
+                num_images = self._train_step(*self._to_device(images, labels), due)
                 self.seconds += time.perf_counter() - started
                 if due and self.log_totals.images:
                     self._record("train", self.log_totals.loss, self.log_totals.accuracy)
                     self.log_totals = Totals(self.device)
-                if bar.update(len(labels) * distributed.world_size()):  # it is time to redraw the bar
+                if bar.update(num_images):  # it is time to redraw the bar
                     bar.set_postfix_str(self._progress(bar), refresh=False)
                 self._call("step_end")
                 stopped = self._asked_to_stop()
@@ -220,7 +220,8 @@ class Runner:
             return loader
         return itertools.islice(loader, self.batch, None)
 
-    def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> None:
+    def _train_step(self, images: torch.Tensor, labels: torch.Tensor, read_loss: bool = False) -> int:
+        """Take a step with this process's images; returns how many the whole batch has."""
         self.optimizer.zero_grad()
         batch = self._add_gradients(images, labels)
         self.scaler.unscale_(self.optimizer)
@@ -238,6 +239,7 @@ class Runner:
             self.scheduler.step()
         self.step += 1
         self.batch += 1
+        return batch.images
 
     def _add_gradients(self, images: torch.Tensor, labels: torch.Tensor) -> "Totals":
         """Go forward and back through this process's images, part by part; returns the whole batch's totals."""

@@ -434,7 +434,8 @@ def use_trained_weights(model: Module, data: Dataset, config: Config) -> None:
         data.mean, data.std = metadata.get("mean", data.mean), metadata.get("std", data.std)
     elif config.pretrained or config.pretrained_file:
         if not config.resume:
-            load_timm_weights(model, config.pretrained_file)
+            with distributed.one_before_the_others():
+                load_timm_weights(model, config.pretrained_file)
         data.mean, data.std = model.mean, model.std
     if config.freeze == "backbone":
         freeze_backbone(model)

@@ -38,6 +38,7 @@ RUNS = {  # 1150 images: of 191 the last batch has 4, of 1149 it has one, which 
     "muon": "--batch_size 191 --epochs 2",
     "batch_norm": "--optimizer sgd --lr 0.01 --epochs 2 --tokenizer conv --batch_size 1149",
     "accumulated": f"{SGD} --batch_size 64 --grad_accum 3 --ema 0.9",
+    "few": f"{SGD} --batch_size 2 --label_fraction 0.03",  # in three processes the first has no images at all
     "early": f"{SGD} --batch_size 191 --epochs 9 --patience 1 --min_improvement 9",
 }
 DEVICES = [
@@ -50,7 +51,7 @@ DEVICES = [
 WORKER = """
 import json, math, signal, sys
 sys.path.insert(0, {folder!r})
-import distributed, train
+import distributed, runner, train
 from runner import Runner
 
 fault = None
@@ -62,8 +63,16 @@ def train_step(self, images, labels, *args):
             signal.raise_signal(signal.SIGINT)
         else:
             images = images * math.nan
-    take_step(self, images, labels, *args)
+    return take_step(self, images, labels, *args)
 
+progress_bar = runner._progress_bar
+
+def eager_bar(*args):
+    bar = progress_bar(*args)
+    bar.mininterval = 0  # drawn at every step, however quick
+    return bar
+
+runner._progress_bar = eager_bar
 draw_pictures = train.draw_pictures  # where there is a GIF alone, to save time
 train.draw_pictures = lambda runner, data, config, *more: (
     draw_pictures(runner, data, config, *more) if config.gif_frames else []

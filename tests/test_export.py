@@ -170,7 +170,7 @@ def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monke
     monkeypatch.setattr(export, "quantise", always_the_first_class)
     code, out, _ = run(*flags)
     lost = accuracy - (digits.test.labels == 0).double().mean().item()
-    assert code == 0 and "not kept" in out and f"lose {100 * lost:.2f} percentage points" in out
+    assert code == 0 and "not kept" in out and f"by {-100 * lost:+.2f} percentage points" in out
     assert not (tmp_path / "a.int8.onnx").exists()  # nor that of the export before
     assert (tmp_path / "a.onnx").exists()
 
