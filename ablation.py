@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import cli
 import utils
+from checkpoints import is_of_interrupted_run
 from compare import TRAIN, run_all
 from files import write_bytes
 
@@ -118,7 +119,7 @@ def train_missing(config: Config) -> list[str]:
             flags = f"--dataset {config.dataset} --epochs {config.epochs} {row.flags} --seed {seed} --gif_frames 0"
             commands[name] = [sys.executable, str(TRAIN), *flags.split(), "--name", name]
             commands[name] += ["--output_dir", config.output_dir]
-            if (config.saved / f"{name}.checkpoint").exists():
+            if is_of_interrupted_run(config.saved / f"{name}.checkpoint"):
                 commands[name].append("--resume")
     print(f"{len(commands)} run{'s' * (len(commands) != 1)} to train")
     return run_all(commands, config) if commands else []
@@ -164,8 +165,10 @@ def markdown_table(table: list[dict], config: Config) -> str:
     for row in table:
         accuracy = f"{row['mean']:.1%}" + (f" ± {100 * row['std']:.1f}" if row["std"] is not None else "")
         difference = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
-        command = shlex.join(f"python train.py --epochs {config.epochs} {row['flags']}".split())
+        data = "" if config.dataset == "cifar10" else f"--dataset {config.dataset} "
+        command = shlex.join(f"python train.py {data}--epochs {config.epochs} {row['flags']}".split())
         lines.append(f"| {row['title']} | {accuracy} | {difference} | {len(row['val_accuracies'])} | `{command}` |")
+    lines += ["", "Accuracy on the validation images; points are to the default's runs with the same seeds."]
     return "\n".join(lines)
 
 
@@ -175,13 +178,15 @@ def draw(table: list[dict], path: Path, config: Config) -> Figure:
     figure = utils.new_figure(760, 118 + 28 * len(rows), dpi=200)
     title = "What each part of the recipe is worth"
     utils.add_text(figure, 14, 28, title, size=13, weight="bold")
-    note = f"{config.dataset}, {config.epochs} epochs, one thing changed at a time; a dot is a run, a line their mean"
+    epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
+    note = f"{config.dataset}, {epochs}, one thing changed at a time; a dot is a run, a line the mean of several"
     utils.add_text(figure, 14, 48, note, size=9.5)
     axes = utils.add_axes(figure, 230, 62, 500, 28 * len(rows))
     for height, row in enumerate(rows):
         color = utils.DARK if row["row"] == "default" else utils.BLUE
         values = [100 * value for value in row["val_accuracies"]]
-        axes.plot([100 * row["mean"]] * 2, [height - 0.32, height + 0.32], color=color, lw=2)
+        if len(values) > 1:
+            axes.plot([100 * row["mean"]] * 2, [height - 0.32, height + 0.32], color=color, lw=2)
         axes.plot(values, [height] * len(values), "o", color=color, markersize=5, alpha=0.6, markeredgewidth=0)
         if row["row"] == "default":
             axes.axvline(100 * row["mean"], color=utils.GREY, lw=1, ls="--", zorder=0)

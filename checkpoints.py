@@ -20,6 +20,16 @@ CHANGEABLE = (  # hyperparameters that may differ from the checkpoint's: they do
     "checkpoint_minutes",
     "compile",
 )
+DATA = (  # that may not: what was trained on could become what is validated on
+    "dataset",
+    "img_size",
+    "val_fraction",
+    "split_seed",
+    "folds",
+    "fold",
+    "classes",
+    "label_fraction",
+)
 
 
 class Checkpoints:
@@ -57,16 +67,18 @@ class Checkpoints:
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters, which
-                only the hyperparameter `resume_changed` allows.
+                only the hyperparameter `resume_changed` allows, and not of those in DATA.
         """
         checkpoint = distributed.from_the_first(self._read)
-        changed = [
-            f"{name} was {before!r} and is {now!r}"
+        changed = {
+            name: f"{name} was {before!r} and is {now!r}"
             for name, now in self.hyperparameters.items()
             if (before := checkpoint["config"].get(name)) != now and name not in CHANGEABLE
-        ]
+        }
+        if data := [changed[name] for name in DATA if name in changed]:
+            raise CheckpointError(f"{'; '.join(data)}: a run goes on with its images; choose another --name for others")
         if changed and not self.hyperparameters["resume_changed"]:
-            raise CheckpointError(f"{'; '.join(changed)}: --resume_changed goes on with the change")
+            raise CheckpointError(f"{'; '.join(changed.values())}: --resume_changed goes on with the change")
         if checkpoint["results"] is not None and not changed:
             return checkpoint["results"]
         if checkpoint["config"].get("optimizer") != self.hyperparameters["optimizer"]:
@@ -92,14 +104,18 @@ class Checkpoints:
 
     def set_interrupted_run_aside(self) -> None:
         """Rename the checkpoint of an interrupted run, rather than have the new run of that name overwrite it."""
-        try:
-            unfinished = self.path.exists() and read_file(self.path).get("results") is None
-        except CheckpointError:
-            return
-        if unfinished:
+        if is_of_interrupted_run(self.path):
             aside = self.path.with_name(self.path.name + ".previous")
             self.path.replace(aside)
             print(f"an interrupted run of this name is now {aside}; to go on with it, rename it back and use --resume")
+
+
+def is_of_interrupted_run(path: Path) -> bool:
+    """Whether there is a whole checkpoint at `path`, of a run that has not ended."""
+    try:
+        return path.exists() and read_file(path).get("results") is None
+    except CheckpointError:
+        return False
 
 
 def stop_on_signals(runner: Runner) -> list[int]:

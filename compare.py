@@ -34,6 +34,7 @@ from tqdm import tqdm
 import cli
 import comparison
 import comparison_figures
+from checkpoints import is_of_interrupted_run
 from evaluate import load_trained, predict
 from files import CheckpointError, write_bytes
 from network import Module
@@ -98,6 +99,7 @@ def main() -> None:
     config = cli.parse(Config)
     with cli.one_line_errors():
         check(config)
+        check_epochs(config)  # now rather than after hours of training
         failed = train_missing(config) if config.train else []
         runs = load_runs(config)
         study = comparison.summarise(runs, [(r, m, MODELS[m].title) for r in RECIPES for m in MODELS], config.epochs)
@@ -142,7 +144,7 @@ def train_missing(config: Config) -> list[str]:
             flags = f"{RECIPES[recipe]} {MODELS[model].flags} --dataset {config.dataset} --epochs {config.epochs}"
             flags += f" --seed {seed} --gif_frames 0 --name {name}"
             commands[name] = [sys.executable, str(TRAIN), *flags.split(), "--output_dir", config.output_dir]
-            if (config.saved / f"{name}.checkpoint").exists():
+            if is_of_interrupted_run(config.saved / f"{name}.checkpoint"):
                 commands[name].append("--resume")
     print(f"{len(wanted)} runs asked for, {len(wanted) - len(commands)} of them stored, {len(commands)} to train")
     return run_all(commands, config) if commands else []
@@ -208,9 +210,22 @@ def load_runs(config: Config) -> list[comparison.Run]:
     """All stored runs of the study on this data set; of those whose answers are not stored yet the model is tested.
 
     Raises:
-        ValueError: there is none, they were not trained for as many epochs or not tested on the same images.
+        ValueError: there is none, or they were not tested on the same images.
         CheckpointError: a file is damaged.
     """
+    found = find_runs(config)
+    if not found:
+        raise ValueError(f"no run of the study on {config.dataset} is stored in {config.saved}")
+    store_answers([config.run_name(*key) for key in found], config)
+    runs = [load_run(*key, config) for key in tqdm(found, "reading", unit="run", leave=False)]
+    for run in runs:
+        if not np.array_equal(run.labels, runs[0].labels):
+            raise ValueError(f"{config.run_name(run.recipe, run.model, run.seed)} was tested on other images")
+    return runs
+
+
+def find_runs(config: Config) -> list[tuple[str, str, int]]:
+    """Recipe, model and seed of each stored run."""
     found = []
     for recipe in RECIPES:
         for model in MODELS:
@@ -218,21 +233,23 @@ def load_runs(config: Config) -> list[comparison.Run]:
             paths = config.saved.glob(f"{prefix}*.json")
             seeds = sorted(int(seed) for path in paths if (seed := path.stem[len(prefix) :]).isdecimal())
             found += [(recipe, model, seed) for seed in seeds]
-    if not found:
-        raise ValueError(f"no run of the study on {config.dataset} is stored in {config.saved}")
-    store_answers([config.run_name(*key) for key in found], config)
-    runs = [load_run(*key, config) for key in tqdm(found, "reading", unit="run", leave=False)]
-    for run in runs:
-        epochs = run.report["config"]["epochs"]
+    return found
+
+
+def check_epochs(config: Config) -> None:
+    """
+    Raises:
+        ValueError: a stored run was not trained for as many epochs.
+        CheckpointError: a report is damaged.
+    """
+    for key in find_runs(config):
+        name = config.run_name(*key)
+        epochs = read_report(config.saved / name)["config"]["epochs"]
         if epochs != config.epochs:
-            name = config.run_name(run.recipe, run.model, run.seed)
             raise ValueError(
                 f"{name} was trained for {epochs} epochs, not {config.epochs}: say --epochs {epochs}, or choose "
                 "another --output_dir for a study of another length"
             )
-        if not np.array_equal(run.labels, runs[0].labels):
-            raise ValueError(f"{config.run_name(run.recipe, run.model, run.seed)} was tested on other images")
-    return runs
 
 
 def store_answers(names: list[str], config: Config) -> None:
@@ -270,19 +287,42 @@ def forward_flops(model: Module, image_size: int) -> int:
 
 def load_run(recipe: str, model: str, seed: int, config: Config) -> comparison.Run:
     path = config.saved / config.run_name(recipe, model, seed)
-    try:
-        report = json.loads(path.with_suffix(".json").read_text())
-        whole = len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path}.json is damaged: delete it and train again")
+    report = read_report(path)
     try:
         with np.load(path.with_suffix(".npz")) as stored:
             answers = {name: stored[name] for name in ("correct", "labels", "classes", "flops")}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise CheckpointError(f"{path}.npz is damaged: delete it and the model is tested again") from None
+    if abs(answers["correct"].mean() - report["results"]["test_accuracy"]) > 0.002:  # other devices round otherwise
+        raise CheckpointError(
+            f"{path}.npz is of another model than {path}.json: delete it and the model is tested again"
+        )
     return comparison.Run(recipe, model, MODELS[model].title, seed, report, **answers)
+
+
+NEEDED = {  # of a report
+    "results": ("parameters", "val_accuracy", "test_loss", "test_accuracy", "training_seconds"),
+    "config": ("epochs", "seed"),
+    "provenance": ("machine", "threads", "accelerator", "torch"),
+    "metrics": ("val_loss", "val_accuracy", "val_step"),
+}
+
+
+def read_report(path: Path) -> dict:
+    """What train.py wrote to `path`.json.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        report = json.loads(path.with_suffix(".json").read_text())
+        whole = all(name in report[part] for part, names in NEEDED.items() for name in names)
+        whole = whole and len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}.json is damaged: delete it and train again")
+    return report
 
 
 # --------------------------------------------------------------------------------------------------------- results

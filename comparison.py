@@ -37,10 +37,9 @@ class Run:
     flops: int  # of a forward pass for one image
 
     def accuracy_after(self, seconds: float) -> float:
-        """Validation accuracy after that much training, on a straight line between epochs; before the first: chance."""
-        chance = 1 / len(self.classes)
+        """Validation accuracy after that much training, on a straight line between epochs; nan before the first."""
         times, accuracies = self.report["val_seconds"], self.report["metrics"]["val_accuracy"]
-        return float(np.interp(seconds, [0, *times], [chance, *accuracies]))
+        return float(np.interp(seconds, times, accuracies, left=np.nan))
 
 
 def group(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -156,10 +155,19 @@ def compare_with_reference(groups: dict[tuple[str, str], list[Run]]) -> list[dic
 
 
 def at_equal_time(runs: list[Run], reference: list[Run]) -> dict:
-    """Validation accuracies of both when the one that is the first to end its training has ended it."""
-    seconds = min(np.mean([run.report["val_seconds"][-1] for run in members]) for members in (runs, reference))
-    accuracy, other = (np.mean([run.accuracy_after(seconds) for run in members]) for members in (runs, reference))
-    return {"seconds": float(seconds), "accuracy": float(accuracy), "reference_accuracy": float(other)}
+    """Validation accuracies of both when the one that is the first to end its training has ended it: of that one the
+    last. None where the other has not been validated yet."""
+
+    def end(members: list[Run]) -> float:
+        return float(np.mean([run.report["val_seconds"][-1] for run in members]))
+
+    first = min(runs, reference, key=end)
+    result = {"seconds": end(first)}
+    for name, members in (("accuracy", runs), ("reference_accuracy", reference)):
+        time = np.inf if members is first else result["seconds"]
+        accuracy = float(np.mean([run.accuracy_after(time) for run in members]))
+        result[name] = None if np.isnan(accuracy) else accuracy
+    return result
 
 
 def by_class(run: Run, values: np.ndarray) -> dict[str, float]:
@@ -183,9 +191,11 @@ def answers(study: dict) -> list[str]:
         phrases = []
         for row in rows:
             then = row["equal_time"]
-            phrases.append(
-                f"{row['title']} {points(then['accuracy'] - then['reference_accuracy'])} at {clock(then['seconds'])}"
-            )
+            if None in then.values():
+                difference = "(no epoch done)"
+            else:
+                difference = points(then["accuracy"] - then["reference_accuracy"])
+            phrases.append(f"{row['title']} {difference} at {clock(then['seconds'])}")
         sentences.append(
             f"**Equal training time, {recipe}:** validation accuracy less the CNN's, when the quicker of the two had "
             f"ended its training: {', '.join(phrases)}."

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import cli
 import train
@@ -48,7 +47,7 @@ def main() -> None:
         name = config.name or f"crossval_{config.model.removeprefix('timm:')}" + (
             "" if data.name == "cifar10" else f"_{data.name}"
         )
-        reports = [run_fold(f"{name}_fold{k}", k, config) for k in tqdm(range(config.folds), "folds", unit="fold")]
+        reports = [run_fold(f"{name}_fold{k}", k, config) for k in range(config.folds)]
         summary = summarise(reports)
         print(f"\n{markdown_table(summary)}\n")
         prefix = Path(config.output_dir) / "figures" / name
@@ -60,14 +59,18 @@ def main() -> None:
 
 def run_fold(name: str, fold: int, config: Config) -> dict:
     """The report of one run of train.py, which goes on where it was interrupted and is not repeated once finished."""
+    print(f"\nfold {fold + 1} of {config.folds}", flush=True)
     saved = Path(config.output_dir) / "saved"
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]  # as they were given: train.py reads them alike
     flags += ["--folds", str(config.folds), "--fold", str(fold), "--name", name, "--gif_frames", "0"]
-    flags += ["--resume"] if (saved / f"{name}.checkpoint").exists() else []
+    begun = (saved / f"{name}.checkpoint").exists()
+    flags += ["--resume"] if begun else []
     process = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *flags])
     if process.returncode:
-        if process.returncode == 2:
+        if process.returncode == 2 and begun:
             print("(another --name begins a cross-validation of its own)", file=sys.stderr)
+        if process.returncode in (130, 143):
+            print("or, for all folds, the same crossval.py command")
         raise SystemExit(process.returncode)  # train.py has said why
     return json.loads((saved / f"{name}.json").read_text())
 

@@ -53,6 +53,8 @@ def main() -> None:
     with cli.one_line_errors():
         if not config.models:
             raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
+        if config.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {config.batch_size}")
         names = [Path(path).stem for path in config.models]
         if len(set(names)) < len(names):
             raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")

@@ -66,20 +66,22 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
     import timm
 
     name = model.config["name"]
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"there is no file {path} with the weights of {name}")
     overlay = None if path is None else {"file": path, "custom_load": Path(path).suffix == ".npz"}
     source = path or "the network"
     print(f"weights of {name} from {source}" + ("" if path else " or timm's cache (without either, a minute's wait)"))
     for chatty in ("huggingface_hub", "timm"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    try:
-        trained = timm.create_model(
-            name, pretrained=True, num_classes=model.config["output_size"], pretrained_cfg_overlay=overlay
-        )
+    try:  # with its own head: with another one, timm would take a file of which nothing fits
+        trained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the libraries below have many ways of saying that it did not work
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         advice = "" if path else ". Without a network, --pretrained_file takes them from a file"
         raise ValueError(f"the weights of {name} cannot be had from {source}: {reason}{advice}") from None
-    model.backbone.load_state_dict(trained.state_dict())
+    head = {id(tensor) for tensor in head_of(model).parameters()}
+    new = {name: p for name, p in model.backbone.named_parameters() if id(p) in head}
+    model.backbone.load_state_dict({**trained.state_dict(), **new})
 
 
 def freeze_backbone(model: Module) -> None:

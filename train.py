@@ -155,7 +155,7 @@ class Files:
 
     def __init__(self, config: Config, model: str, dataset: str):
         suffix = "" if dataset == "cifar10" else f"_{dataset}"
-        suffix += f"_{len(config.classes.split(','))}classes" if config.classes else ""
+        suffix += f"_{classes_in_names(config)}" if config.classes else ""
         root = Path(config.output_dir)
         self.name = config.name or model + suffix
         self.saved, self.figures = root / "saved", root / "figures"
@@ -192,6 +192,12 @@ class Files:
         return lock
 
 
+def classes_in_names(config: Config, separator: str = "_") -> str:
+    """The classes chosen: up to four by name, of more the number."""
+    names = config.classes.split(",")
+    return separator.join(names) if len(names) <= 4 else f"{len(names)}classes"
+
+
 def main() -> None:
     config = cli.parse(Config, presets=PRESETS)
     with cli.one_line_errors():
@@ -200,6 +206,8 @@ def main() -> None:
         device = choose_device(distributed.device_name(config.device))
         config.precision = choose_precision(config.precision, device)
         data = load_images(config)
+        if config.dataset == "auto":
+            config.dataset = data.name
         torch.manual_seed(config.seed)
         model = build_model(config, data)
         use_trained_weights(model, data, config)
@@ -236,7 +244,7 @@ def main() -> None:
             compile_training(runner, images.tensor_split(config.grad_accum)[0])
         runner.training_model = distributed.share_gradients(runner.training_model, device)
 
-    title = f"{model.title} on {data.name}" + (f", {len(data.classes)} classes" if config.classes else "")
+    title = f"{model.title} on {data.name}" + (f", {classes_in_names(config, ', ')}" if config.classes else "")
     processes = f", in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"{title}: {num_parameters(model):,} parameters, {len(data.train):,} training images, on {device}{processes}")
     if first:
@@ -257,7 +265,8 @@ def main() -> None:
         epoch = runner.epoch
         if stopping and stopping.epoch:
             epoch = stopping.epoch
-            print(f"of {runner.epoch} epochs, epoch {epoch} was best in validation {config.monitor}: testing that")
+            by = f" by more than {config.min_improvement}" if config.min_improvement else ""
+            print(f"after {runner.epoch} epochs: epoch {epoch} was the last to improve validation {config.monitor}{by}")
             if first:
                 runner.eval_model.save(files.last, **data.metadata)
             stopping.use_best(runner)
@@ -312,6 +321,8 @@ def use_defaults(config: Config) -> None:
     """Fill in what depends on other hyperparameters, so that report and checkpoint say what was used."""
     if config.model.startswith("timm:") and config.optimizer == "muon":
         config.optimizer = "adamw"  # Muon is for our own blocks
+    if config.classes:
+        config.classes = ",".join(name.strip() for name in config.classes.split(","))
     lr, weight_decay = DEFAULTS[config.optimizer]
     if (config.pretrained or config.pretrained_file) and config.optimizer in ("adam", "adamw"):
         lr = FINE_TUNING_RATE
@@ -351,6 +362,8 @@ def check(config: Config) -> None:
         raise ValueError(f"unknown model {config.model!r}: choose vit, cnn, mlp, or timm:NAME")
     if not timm and (config.pretrained or config.pretrained_file):
         raise ValueError(f"--pretrained is for timm's models: --model {config.model} can start with --init_from")
+    if config.freeze == "backbone" and not (config.init_from or config.pretrained or config.pretrained_file):
+        raise ValueError("--freeze backbone is for trained weights: say --init_from, --pretrained or --pretrained_file")
     if config.init_from and (config.pretrained or config.pretrained_file):
         raise ValueError("--init_from and --pretrained both say what weights to start from: choose one")
     if config.name is not None and (config.name in ("", "..") or Path(config.name).name != config.name):

@@ -173,6 +173,7 @@ def _draw_loss_and_accuracy(
         axes = add_axes(figure, left, top, 376, height)
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
             values = [factor * value for value in metrics[f"{split}_{name}"]]
+            marker = "o" if len(values) == 1 else marker  # a line through one point would not be seen
             axes.plot(metrics[f"{split}_step"], values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
         axes.set(xlim=(0, 1.01 * last_step), ylim=(0, limit))
         axes.set_title(name, loc="left", size=size + 1, color=DARK)
@@ -185,7 +186,9 @@ def _draw_loss_and_accuracy(
         axes.grid(color=LIGHT)
         axes.set_axisbelow(True)
         panels.append(axes)
-    panels[0].legend(loc="upper right", fontsize=size, frameon=False, labelcolor=DARK)
+    panels[0].legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, fontsize=size, frameon=False, labelcolor=DARK
+    )
     panels[1].yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     return panels[0], panels[1]
 
@@ -458,6 +461,10 @@ def tidy(axes: Axes) -> None:
 def save_figure(figure: Figure, path: str | Path) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a class may be called $5
+    for text in figure.texts:  # a long title is made smaller rather than cut off
+        left, width, space = text.get_window_extent().x0, text.get_window_extent().width, figure.bbox.width
+        if left + width > space:
+            text.set_fontsize(text.get_fontsize() * (space - left - 4) / width)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
     write_bytes(path, buffer.getvalue())

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from filelock import FileLock
 from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -201,8 +202,7 @@ def test_a_training_that_fails_is_named_and_the_rest_is_drawn(finished, tmp_path
     shutil.copytree(finished.folder, tmp_path / "copy")
     saved = tmp_path / "copy" / "saved"
     (saved / f"{NAMES[3]}.json").unlink()
-    (saved / f"{NAMES[3]}.checkpoint").write_bytes(b"no checkpoint")
-    with pytest.raises(SystemExit) as stop:
+    with FileLock(saved / f"{NAMES[3]}.lock"), pytest.raises(SystemExit) as stop:  # as if it were under way elsewhere
         run_main(*DIGITS, tmp_path / "copy", "--jobs", 2)
     captured = capfd.readouterr()
     assert stop.value.code == 1
@@ -317,11 +317,44 @@ def test_equal_time_equal_parameters_and_turned_round(tmp_path):
     assert "small ViT (patch=4) -33.3 and +33.3, yes" in text
 
 
-def test_before_its_first_epoch_a_model_guesses(tmp_path):
+def test_before_its_first_validation_nothing_is_known(tmp_path):
     made_up(tmp_path, "plain", "cnn", seconds=3.0)
     made_up(tmp_path, "plain", "vit_patch2", seconds=18.0, accuracies=[0.5, 0.6, 0.7])
-    then = drawn(tmp_path)["differences"][0]["equal_time"]
-    assert then["accuracy"] == pytest.approx((1 / 3 + 0.5) / 2)
+    study = drawn(tmp_path)
+    assert study["differences"][0]["equal_time"] == {"seconds": 3.0, "accuracy": None, "reference_accuracy": 0.6}
+    assert "ViT (patch=2) (no epoch done) at 3.0 s" in "\n".join(study["answers"])
+
+
+def test_the_quicker_ones_accuracy_is_its_last_though_its_seeds_took_unequal_time(tmp_path):
+    for seed, seconds in enumerate((10.0, 50.0)):
+        made_up(tmp_path, "plain", "cnn", seed, seconds=seconds, accuracies=[0.2, 0.5, 0.8])
+    made_up(tmp_path, "plain", "mlp", seconds=90.0)
+    assert drawn(tmp_path)["differences"][0]["equal_time"]["reference_accuracy"] == pytest.approx(0.8)
+
+
+def test_a_study_of_another_length_is_refused_before_anything_is_trained(tmp_path, capsys):
+    made_up(tmp_path, "plain", "cnn")
+    with mock.patch.object(compare, "train_missing", side_effect=AssertionError), pytest.raises(SystemExit) as stop:
+        run_main("--epochs", 5, "--output_dir", tmp_path)
+    assert stop.value.code == 2 and "say --epochs 3" in capsys.readouterr().err
+
+
+def test_answers_of_another_model_are_noticed(tmp_path, capsys):
+    path = made_up(tmp_path, "plain", "cnn", correct=np.arange(300) < 150)
+    other = made_up(tmp_path, "plain", "mlp", correct=np.arange(300) < 160)
+    shutil.copy(other.with_suffix(".npz"), path.with_suffix(".npz"))
+    with pytest.raises(SystemExit):
+        drawn(tmp_path)
+    assert f"{path}.npz is of another model" in capsys.readouterr().err
+
+
+def test_a_damaged_report_of_a_finished_run_can_be_trained_again(finished, tmp_path, capfd):
+    """Its checkpoint, which has nothing to go on with, is not resumed."""
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    report = tmp_path / "copy" / "saved" / f"{NAMES[0]}.json"
+    report.unlink()
+    run_main(*DIGITS, tmp_path / "copy")
+    assert report.exists() and "1 to train" in capfd.readouterr().out
 
 
 def test_holms_correction_is_over_both_recipes(tmp_path):
