@@ -67,7 +67,7 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
 
     name = model.config["name"]
     if path is not None and not Path(path).is_file():
-        raise ValueError(f"there is no file {path} with the weights of {name}")
+        raise ValueError(f"the weights of {name} cannot be had from {path}: there is no such file")
     overlay = None if path is None else {"file": path, "custom_load": Path(path).suffix == ".npz"}
     source = path or "the network"
     print(f"weights of {name} from {source}" + ("" if path else " or timm's cache (without either, a minute's wait)"))

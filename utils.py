@@ -462,9 +462,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a class may be called $5
     for text in figure.texts:  # a long title is made smaller rather than cut off
-        left, width, space = text.get_window_extent().x0, text.get_window_extent().width, figure.bbox.width
-        if left + width > space:
-            text.set_fontsize(text.get_fontsize() * (space - left - 4) / width)
+        while text.get_window_extent().x1 > figure.bbox.width and text.get_fontsize() > 5:
+            text.set_fontsize(text.get_fontsize() - 0.25)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
     write_bytes(path, buffer.getvalue())

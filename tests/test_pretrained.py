@@ -258,6 +258,16 @@ def test_a_file_that_does_not_hold_them_is_refused(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_weights_of_another_model_are_refused(tmp_path, published):
+    """Also where their names are those of the model: timm by itself would leave out what does not fit."""
+    for contents in (timm.create_model("test_resnet").state_dict(), {"cls_token": published.cls_token.detach()}):
+        path = tmp_path / "weights.pth"
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match="weights of test_vit cannot be had from .*weights.pth") as error:
+            load_timm_weights(TimmModel("test_vit"), str(path))
+        assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Points huggingface_hub, which timm downloads from, at this machine; returns what is asked for there."""
@@ -369,6 +379,7 @@ def test_a_run_from_anothers_weights_with_a_frozen_backbone_can_be_resumed(tmp_p
         ("--model timm:test_vit --pretrained --init_from x.pt", "choose one"),
         ("--model timm:nonsense", "no model 'nonsense'"),
         ("--init_from x.pt", "cannot read x.pt"),
+        ("--freeze backbone", "trained weights"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, flags, words):

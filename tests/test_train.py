@@ -293,7 +293,9 @@ def test_every_flag_is_tested():
 @pytest.mark.parametrize("name", CHANGES_THE_WEIGHTS)
 def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     value = CHANGES_THE_WEIGHTS[name]
-    model = quick(tmp_path, f"--{name}", value)
+    plain.save(tmp_path / "plain.pt")
+    start = ["--init_from", str(tmp_path / "plain.pt")] if name == "freeze" else []  # of which there must be something
+    model = quick(tmp_path, f"--{name}", value, *start)
     assert not same_weights(model, plain)
     parsed = typed(name, value)
     assert model.config.get(name, parsed) == parsed
@@ -655,6 +657,9 @@ def test_resume_with_other_hyperparameters_is_refused_by_name(interrupted, tmp_p
     args = resume(interrupted, tmp_path, monkeypatch)
     with refused(capfd, tmp_path, "lr", "0.5", "--resume_changed"):
         run_main(*args, "--lr", "0.5")
+    for flag, value in (("split_seed", "7"), ("folds", "3"), ("label_fraction", "0.5")):
+        with refused(capfd, tmp_path, flag, "goes on with its images"):  # which may be validated on then
+            run_main(*args, f"--{flag}", value, "--batch_size", "50", "--resume_changed")
     with refused(capfd, tmp_path, "does not fit", "optimizer"):  # its state is another's, even where it would load
         run_main(*args, "--optimizer", "adamw", "--resume_changed")
     with mock.patch.object(train, "draw_pictures", return_value=[]):

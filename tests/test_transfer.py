@@ -63,8 +63,8 @@ def test_the_part_is_seeded_and_a_smaller_one_is_part_of_a_larger(digits):
 
 def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, monkeypatch, capsys):
     model = quick(tmp_path, *"--classes 3,1,5 --label_fraction 0.5 --batch_size 50 --epochs 2".split())
-    assert "on digits, 3 classes" in capsys.readouterr().out
-    path = tmp_path / "saved/VisionTransformer_digits_3classes.pt"
+    assert "on digits, 3, 1, 5:" in capsys.readouterr().out
+    path = tmp_path / "saved/VisionTransformer_digits_3_1_5.pt"
     assert model.metadata["classes"] == ["3", "1", "5"] and model.config["output_size"] == 3
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--output_dir", str(tmp_path)])
     evaluate.main()

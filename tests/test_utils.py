@@ -371,3 +371,12 @@ def test_no_pyplot_figure_is_opened(tmp_path):
         "assert matplotlib.pyplot.get_fignums() == []\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.png")], cwd=Path(utils.__file__).parent, check=True)
+
+
+def test_a_long_title_is_made_smaller_rather_than_cut_off(tmp_path):
+    figure = utils.new_figure(300, 60)
+    for left, text in ((14, "a title that is far too long for a picture of this width"), (14, "short")):
+        utils.add_text(figure, left, 28, text, size=13)
+    utils.save_figure(figure, tmp_path / "picture.png")
+    long, short = figure.texts
+    assert long.get_window_extent().x1 <= 300 and long.get_fontsize() < 13 and short.get_fontsize() == 13
