@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import os
 import platform
 import re
@@ -41,10 +42,17 @@ def parse(config_class: type[T], args: list[str] | None = None, presets: dict[st
             return tyro.cli(config_class, args=args, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if stop.code:
-            # tyro draws a box: its title, what was wrong, a rule, and then advice
-            what_was_wrong = complaint.getvalue().split("│ ──")[0].splitlines()[1:]
-            fail(" ".join(line.strip("│ ") for line in what_was_wrong) + " (--help shows all flags)")
+            # tyro draws a box: its title, what was wrong, a rule, and then advice; where it must, of ASCII alone
+            lines = [line.strip("│╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
+            what_was_wrong = itertools.takewhile(
+                is_no_rule, itertools.dropwhile(lambda line: not is_no_rule(line), lines)
+            )
+            fail(" ".join(what_was_wrong) + " (--help shows all flags)")
         raise
+
+
+def is_no_rule(line: str) -> bool:
+    return line.strip("─-") != ""
 
 
 @contextlib.contextmanager
