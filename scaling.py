@@ -91,7 +91,8 @@ def main() -> None:
             if part == "plan":
                 results[part] = plan(config)
                 print_plan(results[part], config)
-            write_bytes(path, json.dumps({**results, "provenance": cli.provenance()}, indent=1).encode())
+            results["provenance"] = {**results.get("provenance", {}), part: cli.provenance()}
+            write_bytes(path, json.dumps(results, indent=1).encode())
         if {"throughput", "memory"} <= results.keys():
             draw(results, folder / "scaling.png")
     print(f"\nwrote {path} and, where throughput and memory are known, scaling.png beside it")
