@@ -294,9 +294,10 @@ def markdown(study: dict, dataset: str) -> str:
         "",
         "Means over seeds. Intervals (Wilson's of an accuracy, the paired bootstrap's of a difference, 10,000 "
         "resamples) and p values say what other test images would have given; SD over seeds, what another run would. "
-        "McNemar's test is exact, seed by seed, and the largest p counts; Holm's correction is over all rows. At equal "
-        "training time the slower model is in the middle of its run: planned for that time, with a schedule that has "
-        "cooled down by then, it would do better. FLOPs of a forward pass, a multiplication and an addition counted as "
+        "McNemar's test is exact, seed by seed, and the largest p counts, which errs on the side of no difference; "
+        "Holm's correction is over all rows. At equal training time the slower model is in the middle of its run: "
+        "planned for that time, with a schedule that has cooled down by then, it would do better. FLOPs of a forward "
+        "pass, a multiplication and an addition counted as "
         "two. Training seconds without validation, on " + "; ".join(study["machines"]) + ".",
     ]
     if known:
