@@ -192,7 +192,7 @@ def answers(study: dict) -> list[str]:
         for row in rows:
             then = row["equal_time"]
             if None in then.values():
-                difference = "(no epoch done)"
+                difference = "(no epoch of the slower one done)"
             else:
                 difference = points(then["accuracy"] - then["reference_accuracy"])
             phrases.append(f"{row['title']} {difference} at {clock(then['seconds'])}")

@@ -322,7 +322,7 @@ def test_before_its_first_validation_nothing_is_known(tmp_path):
     made_up(tmp_path, "plain", "vit_patch2", seconds=18.0, accuracies=[0.5, 0.6, 0.7])
     study = drawn(tmp_path)
     assert study["differences"][0]["equal_time"] == {"seconds": 3.0, "accuracy": None, "reference_accuracy": 0.6}
-    assert "ViT (patch=2) (no epoch done) at 3.0 s" in "\n".join(study["answers"])
+    assert "ViT (patch=2) (no epoch of the slower one done) at 3.0 s" in "\n".join(study["answers"])
 
 
 def test_the_quicker_ones_accuracy_is_its_last_though_its_seeds_took_unequal_time(tmp_path):
