@@ -312,6 +312,27 @@ def test_each_process_has_a_gpu_of_its_own_where_there_are_any(monkeypatch, gpus
     assert distributed.device_name("cuda:1") == "cuda:1"
 
 
+def test_the_command_to_go_on_is_that_of_this_machine(monkeypatch):
+    assert distributed.launcher() == [sys.executable]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with mock.patch.object(distributed, "world_size", return_value=8):
+        assert distributed.launcher() == ["torchrun", "--nproc_per_node=4"]
+        environment = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "29500"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        flags = ["--nnodes=2", "--node_rank=1", "--master_addr=host0", "--master_port=29500"]
+        assert distributed.launcher() == ["torchrun", "--nproc_per_node=4", *flags]
+
+
+def test_apart_no_process_waits_for_another():
+    with mock.patch.object(torch.distributed, "is_initialized", return_value=True):
+        with mock.patch.object(torch.distributed, "get_world_size", return_value=3):
+            assert distributed.world_size() == 3
+            with distributed.apart():
+                assert distributed.world_size() == 1 and distributed.add_up(5) == 5
+            assert distributed.world_size() == 3
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 8, reason="needs a machine with fewer GPUs")
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "8")
