@@ -328,8 +328,8 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
     folder = Path(dataset)
     if not folder.is_dir():
         raise DataError(
-            f"{dataset!r} is neither a data set nor a folder that is there: choose auto, {', '.join(CIFAR)}, digits, "
-            "or a folder with train/<class>/*.jpg in it"
+            f"dataset {dataset!r} is neither known nor a folder that is there: choose auto, {', '.join(CIFAR)}, "
+            "digits, or a folder with train/<class>/*.jpg in it"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
     name = folder.resolve().name or "pictures"

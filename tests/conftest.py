@@ -7,6 +7,7 @@ import torch
 import setup_cifar
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: on a busy machine two are slower
 
 DATA_DIR = os.environ.get("DATA_DIR")
 

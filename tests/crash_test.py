@@ -8,6 +8,7 @@ be equal to those of the uninterrupted run, bit for bit.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -27,7 +28,8 @@ NAME = "VisionTransformer_digits"
 def start(folder: Path, epochs: int, *extra: str) -> subprocess.Popen:
     flags = [*FLAGS.split(), "--epochs", str(epochs), "--output_dir", str(folder), *extra]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # of so small a model, on a busy machine, two are slower
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def run_to_the_end(folder: Path, epochs: int, *extra: str) -> None:
