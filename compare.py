@@ -27,8 +27,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cli
@@ -37,7 +35,7 @@ import comparison_figures
 from checkpoints import is_of_interrupted_run
 from evaluate import load_trained, predict
 from files import CheckpointError, write_bytes
-from network import Module
+from network import Module, count_flops
 from runner import choose_device
 from setup_cifar import ImageLoader, load_data
 
@@ -277,12 +275,10 @@ def store_answers(names: list[str], config: Config) -> None:
 
 
 def forward_flops(model: Module, image_size: int) -> int:
-    """FLOPs of the matrix products and convolutions for one image, a multiplication and an addition counted as two."""
+    """FLOPs for one image, as `count_flops` counts them."""
     image = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-    # torch counts nothing for the CPU's fused attention: here it is computed as two products of matrices
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops()
+    with torch.no_grad():
+        return count_flops(lambda: model(image))
 
 
 def load_run(recipe: str, model: str, seed: int, config: Config) -> comparison.Run:

@@ -6,6 +6,7 @@ Shapes in docstrings name their axes: `tokens` is the number of patches, plus on
 import difflib
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,17 @@ class Module(nn.Module):
 def num_parameters(model: nn.Module) -> int:
     """How many numbers a model has to learn."""
     return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and convolutions in `step()`, a multiplication and an addition counted as two."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # torch counts nothing for the CPU's fused attention: here it is computed as two products of matrices
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def _subclasses(cls: type) -> set[type]:

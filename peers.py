@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import cli
 from augment import import_torchvision
+from network import num_parameters
 from optim import build_schedule
 from setup_cifar import Split, load_data
 
@@ -147,7 +148,7 @@ def train_cct_2(epochs: int, seed: int, data_dir: str | None) -> dict:
     return {
         "epochs": epochs,
         "seed": seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": num_parameters(model),
         "history": history,
         "test_accuracy": test_accuracy,
         "provenance": cli.provenance(),
