@@ -23,13 +23,13 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 from tyro.conf import Positional
 
-import cli
 import utils
-from files import CheckpointError, write_bytes
 from network import Module
 from runner import choose_device
 from setup_cifar import ImageLoader, load_data
-from significance import paired_bootstrap, wilson
+from support import cli
+from support.files import CheckpointError, write_bytes
+from support.significance import paired_bootstrap, wilson
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
 MISTAKES = 24  # shown in the picture

@@ -26,13 +26,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import cli
-import faithfulness
 import utils
 from evaluate import load_trained, test_loader
-from files import write_bytes
 from network import CNN, VisionTransformer
 from runner import choose_device
+from studies import faithfulness
+from support import cli
+from support.files import write_bytes
 
 
 @dataclass

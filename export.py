@@ -32,12 +32,12 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 from tyro.conf import Positional
 
-import cli
-from augment import import_torchvision
 from evaluate import image_size, load_trained, predict, test_loader
-from files import write_bytes
+from images.augment import import_torchvision
 from network import Module
 from setup_cifar import ImageLoader
+from support import cli
+from support.files import write_bytes
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # largest difference of logits, as a part of the largest logit: rounding makes some 1e-6 of it

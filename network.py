@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import CheckpointError, read_file, write_file
+from support.files import CheckpointError, read_file, write_file
 
 
 class Module(nn.Module):
@@ -403,7 +403,7 @@ def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn
     Raises:
         ValueError: timm is not installed, or has no such model, or one without stochastic depth where that is wanted.
     """
-    from augment import import_torchvision
+    from images.augment import import_torchvision
 
     try:
         import_torchvision()

@@ -19,13 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional
 
-import cli
 import explain
 import utils
 from evaluate import image_size, load_trained
-from image_folder import ImageError, central_square, read_image, to_array
+from images.folder import ImageError, central_square, read_image, to_array
 from network import Module, TimmModel, VisionTransformer
 from runner import choose_device
+from support import cli
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-import distributed
 import utils
+from support import distributed
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -11,28 +11,25 @@ fit; a batch is cropped, flipped and normalised there by a few vectorised operat
 images is told in augment.py.
 """
 
-import dataclasses
 import hashlib
 import os
 import pickle
 import sys
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cli
-import distributed
 import utils
-from augment import Augmentation, draw_augmentations
-from files import DownloadError, download, file_md5
-from image_folder import read_folder
+from images.augment import draw_augmentations
+from images.download import DownloadError, download, file_md5
+from images.folder import read_folder
+from images.loader import DataError, Dataset, Split
+from support import cli, distributed
 
 
 @dataclass(frozen=True)
@@ -79,195 +76,6 @@ CIFAR = {
         labels="fine_",  # of 100 classes, beside the 20 coarse ones
     ),
 }
-
-
-class DataError(ValueError):
-    """The data set cannot be had, or what is there is not what it should be; the message says what to do."""
-
-
-@dataclass
-class Split:
-    """`images` uint8 `(n, 3, height, width)` and `labels` int64 `(n,)`."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: torch.Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
-
-
-@dataclass
-class Dataset:
-    """Train, validation and test split, with what is needed to use a model trained on them.
-
-    `mean` and `std` are per channel, of the training split's pixels scaled to [0, 1]. `flip` says whether a mirrored
-    image still belongs to its class (true of photographs, not of digits). `source` is what `load_data` finds the data
-    by again: a folder's path, otherwise the name.
-    """
-
-    name: str
-    classes: list[str]
-    train: Split
-    val: Split
-    test: Split
-    flip: bool
-    source: str | None = None
-
-    def __post_init__(self):
-        self.source = self.source or self.name
-        pixels = self.train.images.float().div_(255)
-        self.mean = pixels.mean(dim=(0, 2, 3)).tolist()
-        self.std = pixels.std(dim=(0, 2, 3)).tolist()
-
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[-1]
-
-    @property
-    def metadata(self) -> dict:
-        """What a saved model needs to say about its data, so that it can be used and its test images be found."""
-        names = {"dataset": self.name, "source": self.source, "classes": self.classes}
-        return {**names, "mean": self.mean, "std": self.std}
-
-    def select(self, names: list[str]) -> "Dataset":
-        """The images of these classes alone, labelled 0, 1, ... in the order given.
-
-        Raises:
-            DataError: a class that is not there or is named twice, or fewer than two.
-        """
-        missing = [name for name in names if name not in self.classes]
-        if missing:
-            raise DataError(f"{self.name} has no class {', '.join(missing)}: its classes are {', '.join(self.classes)}")
-        if len(set(names)) < max(2, len(names)):
-            raise DataError(f"classes must be at least two, and none named twice: {', '.join(names)}")
-        wanted = torch.tensor([self.classes.index(name) for name in names])
-
-        def choose(split: Split) -> Split:
-            matches = split.labels[:, None] == wanted  # (n, classes)
-            kept = matches.any(dim=1)
-            return Split(split.images[kept], matches[kept].int().argmax(dim=1))
-
-        splits = {name: choose(getattr(self, name)) for name in ("train", "val", "test")}
-        return dataclasses.replace(self, classes=names, **splits)
-
-    def fold(self, number: int, folds: int, seed: int = 0) -> "Dataset":
-        """Training and validation images together, cut into `folds` parts with equal shares of each class; part
-        `number`, from 0, is for validation and the others are for training. The test images stay apart.
-
-        Raises:
-            DataError: no such fold, or a class with fewer images than there are folds.
-        """
-        from sklearn.model_selection import StratifiedKFold
-
-        images, labels = (torch.cat([getattr(self.train, x), getattr(self.val, x)]) for x in ("images", "labels"))
-        together = Split(images, labels)
-        fewest = torch.bincount(labels, minlength=len(self.classes)).min().item()
-        if not 2 <= folds <= fewest:
-            raise DataError(f"folds must be between 2 and {fewest}, the images of the smallest class, not {folds}")
-        if not 0 <= number < folds:
-            raise DataError(f"fold must be between 0 and {folds - 1}, not {number}")
-        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels))[number]]
-        return dataclasses.replace(self, train=together.subset(parts[0]), val=together.subset(parts[1]))
-
-    def part_of_labels(self, fraction: float, seed: int = 0) -> "Dataset":
-        """With `fraction` of the training images of each class, at least one; a smaller part is part of a larger."""
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        shuffled = self.train.labels[order]
-        members = [order[shuffled == label] for label in range(len(self.classes))]
-        kept = torch.cat([images[: max(1, round(fraction * len(images)))] for images in members])
-        return dataclasses.replace(self, train=self.train.subset(kept.sort().values))
-
-    def loader(self, split: Literal["train", "val", "test"], batch_size: int, device="cpu", **options) -> "ImageLoader":
-        """Batches of one split, normalised with the training split's mean and standard deviation."""
-        options = {"flip": self.flip, "num_classes": len(self.classes), **options}
-        return ImageLoader(getattr(self, split), batch_size, self.mean, self.std, device=device, **options)
-
-
-class ImageLoader:
-    """Iterates over `(images, labels)` batches: float32 `(batch, 3, height, width)` normalised, int64 `(batch,)`.
-
-    With `shuffle` the order changes every epoch. `augment` names what is done to the images (see augment.py): they are
-    padded by `padding` pixels (default an eighth of their side: 4 for 32) before they are cropped, and mirrored where
-    `flip` is set. Mixup and cutmix need `num_classes` and turn labels into probabilities, float32 `(batch, classes)`.
-
-    Order and augmentation depend on `(seed, epoch, image)` only, not on the batch size, nor on where an epoch was taken
-    up again; mixup and cutmix on the batch too, but not on where the epoch was taken up.
-
-    Of `world_size` processes each has a loader, which gives the share of process `rank` of every batch of `batch_size`:
-    together they give what one loader would, each image once. A share is empty where there are too few for all.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        mean: list[float],
-        std: list[float],
-        device: str | torch.device = "cpu",
-        shuffle: bool = False,
-        augment: str = "none",
-        flip: bool = True,
-        num_classes: int | None = None,
-        padding: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.device = torch.device(device)
-        place = self.device if fits(split.images, self.device) else "cpu"
-        self.images = split.images.to(place)
-        self.labels = split.labels.to(place)
-        self.batch_size = batch_size
-        self.mean, self.std = mean, std
-        padding = self.images.shape[-1] // 8 if padding is None else padding
-        self.augmentation = Augmentation(augment, num_classes, flip, padding, mean)
-        # (x / 255 - mean) / std, as one multiplication and one addition
-        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.scale = (1 / (255 * std)).view(1, -1, 1, 1)
-        self.shift = (-mean / std).view(1, -1, 1, 1)
-        self.shuffle, self.seed = shuffle, seed
-        self.rank, self.world_size = rank, world_size
-        self.set_epoch(0)
-
-    def __len__(self) -> int:
-        """Batches in an epoch; the last one may be smaller."""
-        return -(-len(self.labels) // self.batch_size)
-
-    @property
-    def num_images(self) -> int:
-        return len(self.labels)
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Say which epoch the next iteration is, and at which of its batches to begin."""
-        self.epoch, self.first_batch = epoch, first_batch
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_images, generator=random) if self.shuffle else torch.arange(self.num_images)
-        draws = self.augmentation.draw(self.num_images, len(self), random)
-        first_batch = self.first_batch
-        self.set_epoch(self.epoch + 1)  # for a caller who never says which epoch it is
-        for number in range(first_batch, len(self)):
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            start, end = (len(batch) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-            # an image is mixed with the one before it, which may be another process's
-            spare = int(self.augmentation.mix is not None and self.world_size > 1)
-            members = batch[torch.arange(start - spare, end) % len(batch)]
-            here = members.to(self.images.device)
-            images, labels = self.images[here], self.labels[here]
-            if here.device != self.device:  # through pinned memory, while the GPU is at work on the batch before
-                images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
-            images, labels = self.augmentation.apply(images, labels, draws, members, number)
-            yield torch.addcmul(self.shift, images[spare:], self.scale), labels[spare:]
-
-
-def fits(images: torch.Tensor, device: torch.device) -> bool:
-    """Whether the images can lie on the device: on a GPU they may take half of the memory that is free."""
-    return device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def load_data(

@@ -22,18 +22,17 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-import cli
-import distributed
 import utils
-from augment import parse_augment
-from callbacks import EarlyStopping, TensorBoard, WeightAverage, compile_training, draw_frames
-from checkpoints import Checkpoints, stop_on_signals
-from files import write_bytes
+from images.augment import parse_augment
 from network import CNN, FeedForward, Module, TimmModel, VisionTransformer, num_parameters
-from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule
-from pretrained import freeze_backbone, load_timm_weights, start_from
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from setup_cifar import Dataset, load_data
+from support import cli, distributed
+from support.files import write_bytes
+from training.callbacks import EarlyStopping, TensorBoard, WeightAverage, compile_training, draw_frames
+from training.checkpoints import Checkpoints, stop_on_signals
+from training.models import freeze_backbone, load_timm_weights, start_from
+from training.optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer, build_schedule
 
 
 @dataclass

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
-from files import write_bytes
+from support.files import write_bytes
 
 BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"  # of Okabe and Ito, for every kind of colour vision
 DARK, GREY, LIGHT = "#222222", "#C4C4C4", "#F0F0F0"

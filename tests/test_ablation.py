@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import ablation
+from studies import ablation
 from train import Config as TrainConfig
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from test_setup_cifar import epoch_of, numbered_split, pixel_loader
 
-import augment
-import benchmark
 import setup_cifar
-from augment import NAMES, Augmentation, import_torchvision, parse_augment
+from images import augment
+from images.augment import NAMES, Augmentation, import_torchvision, parse_augment
 from setup_cifar import ImageLoader, Split
+from studies import benchmark
 
 import_torchvision()
 from torchvision.transforms import v2  # noqa: E402

@@ -7,10 +7,10 @@ import torch.nn as nn
 from test_runner import noise, same_weights, stop_at, vit_runner
 from test_train import MODEL, quick
 
-from callbacks import EarlyStopping, WeightAverage
-from files import read_file, write_file
 from network import FeedForward, Module
 from runner import Runner
+from support.files import read_file, write_file
+from training.callbacks import EarlyStopping, WeightAverage
 
 # ------------------------------------------------------------------------------------------------- averaged weights
 

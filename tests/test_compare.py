@@ -23,12 +23,11 @@ from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-import cli
-import compare
-import comparison
 import train
 from network import CNN, FeedForward, Module, VisionTransformer
-from significance import holm, mcnemar_p, paired_bootstrap, wilson
+from studies import compare, comparison
+from support import cli
+from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
 
 FIGURES = ("curves", "time", "bootstrap", "classes")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import crossval
 import train
 from setup_cifar import DataError
+from studies import crossval
 
 
 def rows(split):

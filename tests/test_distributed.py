@@ -23,11 +23,11 @@ import psutil
 import pytest
 import torch
 
-import distributed
 import train
-from files import read_file
 from network import Module
 from runner import choose_device
+from support import distributed
+from support.files import read_file
 
 TRAIN = Path(train.__file__)
 MODEL = "VisionTransformer_digits"

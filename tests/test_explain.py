@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import explain
-import faithfulness
 from network import CNN, FeedForward, VisionTransformer
+from studies import faithfulness
 
 KINDS = {  # every kind of ViT that heat maps must work for
     "mean": dict(pooling="mean"),

@@ -17,7 +17,7 @@ import explain
 import predict
 import setup_cifar
 import train
-from image_folder import ImageError
+from images.folder import ImageError
 from network import VisionTransformer
 from setup_cifar import load_data
 

@@ -12,8 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import network
-from augment import import_torchvision
-from files import CheckpointError, write_file
+from images.augment import import_torchvision
 from network import (
     CNN,
     FeedForward,
@@ -24,6 +23,7 @@ from network import (
     TransformerBlock,
     VisionTransformer,
 )
+from support.files import CheckpointError, write_file
 
 # For every class, arguments none of which is the default: a `save` or `load` that loses one is noticed.
 UNUSUAL = {

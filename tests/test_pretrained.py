@@ -17,11 +17,11 @@ from test_runner import same_weights
 
 import evaluate
 import predict
-from augment import import_torchvision
-from files import CheckpointError
+from images.augment import import_torchvision
 from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
-from optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer
-from pretrained import freeze_backbone, load_timm_weights, resize_positions, start_from
+from support.files import CheckpointError
+from training.models import freeze_backbone, load_timm_weights, resize_positions, start_from
+from training.optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer
 
 import_torchvision()
 timm = pytest.importorskip("timm")

@@ -19,13 +19,13 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import files
 import train
-from callbacks import draw_frames
-from checkpoints import Checkpoints
 from network import Module, VisionTransformer
 from runner import Runner
 from setup_cifar import Dataset, Split
+from support import files
+from training.callbacks import draw_frames
+from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 

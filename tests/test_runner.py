@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from files import read_file, write_file
 from network import CNN, FeedForward, VisionTransformer
-from optim import DEFAULTS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
+from support.files import read_file, write_file
+from training.optim import DEFAULTS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
 

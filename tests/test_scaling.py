@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import scaling
 from network import VisionTransformer
+from studies import scaling
 
 
 def run(monkeypatch, *flags):

@@ -630,7 +630,7 @@ def test_cifar100_that_cannot_be_had_is_an_error_with_the_ways_out(tmp_path):
 
 
 def test_md5_sums_are_those_of_torchvision():
-    from augment import import_torchvision
+    from images.augment import import_torchvision
 
     import_torchvision()
     from torchvision import datasets

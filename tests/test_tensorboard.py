@@ -8,7 +8,7 @@ from test_robustness import run_main
 from test_runner import same_weights, stop_at, vit_runner
 from test_train import MODEL, quick
 
-from callbacks import TensorBoard
+from training.callbacks import TensorBoard
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402

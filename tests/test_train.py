@@ -21,13 +21,13 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-import cli
-import optim
 import setup_cifar
 import train
-from checkpoints import Checkpoints
-from files import read_file
 from network import CNN, FeedForward, Module, VisionTransformer
+from support import cli
+from support.files import read_file
+from training import optim
+from training.checkpoints import Checkpoints
 
 TRAIN = Path(train.__file__)
 SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --batch_size 200".split()

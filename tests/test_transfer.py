@@ -13,9 +13,9 @@ from test_train import FIELDS, quick
 
 import evaluate
 import train
-import transfer
 from network import Module
 from setup_cifar import DataError
+from studies import transfer
 
 # ------------------------------------------------------------------------------------------------ classes and labels
 

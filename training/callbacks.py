@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import distributed
 import utils
 from network import VisionTransformer
 from runner import Runner
+from support import distributed
 
 
 class WeightAverage:

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import cli
 import train
 import utils
-from files import write_bytes
 from setup_cifar import load_data
+from support import cli
+from support.files import write_bytes
 
 
 @dataclass

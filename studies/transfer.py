@@ -23,10 +23,10 @@ from typing import Literal
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import cli
 import utils
-from files import write_bytes
 from setup_cifar import load_data
+from support import cli
+from support.files import write_bytes
 
 TASKS = {  # source and target classes
     "cifar10": ("bird,cat,deer,dog,frog,horse", "airplane,automobile,ship,truck"),

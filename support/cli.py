@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-import distributed
+from support import distributed
 
 T = TypeVar("T")
 

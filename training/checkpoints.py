@@ -4,10 +4,10 @@ import signal
 import time
 from pathlib import Path
 
-import distributed
-from files import CheckpointError, read_file, write_file
-from optim import rates_and_decays, set_rates_and_decays
 from runner import Runner
+from support import distributed
+from support.files import CheckpointError, read_file, write_file
+from training.optim import rates_and_decays, set_rates_and_decays
 
 CHANGEABLE = (  # hyperparameters that may differ from the checkpoint's: they do not change what is learned
     "data_dir",

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from scipy.stats import gaussian_kde
 
 import utils
-from comparison import REFERENCE, Run, group, interval, p_text, points
+from studies.comparison import REFERENCE, Run, group, interval, p_text, points
 
 STYLES = {  # model -> colour and marker
     "cnn": (utils.VERMILLION, "s"),

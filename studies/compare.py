@@ -29,15 +29,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cli
-import comparison
-import comparison_figures
-from checkpoints import is_of_interrupted_run
 from evaluate import load_trained, predict
-from files import CheckpointError, write_bytes
 from network import Module, count_flops
 from runner import choose_device
 from setup_cifar import ImageLoader, load_data
+from studies import comparison, comparison_figures
+from support import cli
+from support.files import CheckpointError, write_bytes
+from training.checkpoints import is_of_interrupted_run
 
 RECIPES = {  # name -> flags to train.py
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "

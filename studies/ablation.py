@@ -22,11 +22,11 @@ from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
-import cli
 import utils
-from checkpoints import is_of_interrupted_run
-from compare import TRAIN, run_all
-from files import write_bytes
+from studies.compare import TRAIN, run_all
+from support import cli
+from support.files import write_bytes
+from training.checkpoints import is_of_interrupted_run
 
 
 class Row(NamedTuple):

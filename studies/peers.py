@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-import cli
-from augment import import_torchvision
+from images.augment import import_torchvision
 from network import num_parameters
-from optim import build_schedule
 from setup_cifar import Split, load_data
+from support import cli
+from training.optim import build_schedule
 
 
 class ReferenceViT(nn.Module):

@@ -25,14 +25,13 @@ import torch.nn as nn
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
-import cli
-import distributed
 import utils
-from benchmark import GROWTH, cost_in_a_process, synthetic_data
-from files import write_bytes
 from network import VisionTransformer, count_flops, num_parameters
-from optim import build_optimizer, build_schedule
 from runner import Runner
+from studies.benchmark import GROWTH, cost_in_a_process, synthetic_data
+from support import cli, distributed
+from support.files import write_bytes
+from training.optim import build_optimizer, build_schedule
 
 VIT_S = dict(img_size=224, patch_size=16, hidden_size=384, num_heads=6, num_blocks=12)  # ViT-S/16
 

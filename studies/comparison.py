@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from significance import holm, mcnemar_p, paired_bootstrap, wilson
+from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
 EARLIER = {  # test accuracy on CIFAR-10 that earlier code of this kind reported after 20 epochs

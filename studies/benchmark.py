@@ -31,16 +31,16 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import cli
 import train
 import utils
-from augment import NAMES, import_torchvision
-from files import write_bytes
+from images.augment import NAMES, import_torchvision
 from network import VisionTransformer, count_flops
-from optim import build_optimizer, build_schedule
-from peers import PILDataset, ReferenceViT, accuracy_of, train_cct_2
 from runner import Runner
 from setup_cifar import Dataset, Split, load_data
+from studies.peers import PILDataset, ReferenceViT, accuracy_of, train_cct_2
+from support import cli
+from support.files import write_bytes
+from training.optim import build_optimizer, build_schedule
 
 TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20 epochs
 

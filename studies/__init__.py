@@ -1,0 +1,1 @@
+"""Studies and benchmarks, each `python -m studies.NAME`."""
