@@ -3,10 +3,8 @@
 Shapes in docstrings name their axes: `tokens` is the number of patches, plus one where there is a CLS token.
 """
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,22 +15,56 @@ import torch.nn.functional as F
 from support.files import CheckpointError, read_file, write_file
 
 
-class Module(nn.Module):
-    """An `nn.Module` that remembers its constructor's arguments, so that a file can rebuild it."""
+class Model(nn.Module):
+    """What every whole model shares: it remembers its constructor's arguments in `config`, so that a file can rebuild
+    it, and says of itself what the optimiser and fine-tuning need to know."""
 
     def __new__(cls, *args, **kwargs):
-        module = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(module, *args, **kwargs)
+        model = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(model, *args, **kwargs)
         bound.apply_defaults()
-        module.__dict__["config"] = {name: value for name, value in bound.arguments.items() if name != "self"}
-        return module
+        model.__dict__["config"] = {name: value for name, value in bound.arguments.items() if name != "self"}
+        model.__dict__["metadata"] = {}  # what `load` found in the file: class names, normalisation
+        return model
+
+    # ---- for a new model these are right as they are, or are overridden
 
     @property
     def title(self) -> str:
         """What it is called in pictures and in the names of files."""
         return type(self).__name__
 
-    def train(self, mode: bool = True) -> "Module":
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that it takes."""
+        return self.config["img_size"]
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, which belongs to the classes."""
+        return [module for module in self.modules() if isinstance(module, nn.Linear)][-1]
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Its layers from the images to the logits, each a list of modules, for `--layer_decay`."""
+        return [[child] for child in self.children() if list(child.parameters())]
+
+    def rate_scales(self, decay: float) -> dict[nn.Parameter, float]:
+        """What each parameter's learning rate is multiplied with: 1 in the last layer, `decay` in the one below, and
+        so on (Bao et al. 2022)."""
+        depths = enumerate(reversed(self.layers()))
+        return {p: decay**depth for depth, layer in depths for module in layer for p in module.parameters()}
+
+    def undecayed(self) -> set[nn.Parameter]:
+        """Norms, biases, CLS token and positions, which have no direction that weight decay would help."""
+        # matrices and convolutions have two and four axes, all else has one or three
+        return {p for p in self.parameters() if p.ndim not in (2, 4)}
+
+    def hidden_matrices(self) -> set[nn.Parameter]:
+        """The matrices and filters between the first layer and the last, which Muon may orthogonalise."""
+        return set([p for p in self.parameters() if p.ndim in (2, 4)][1:-1])
+
+    # ---- mode, saving and loading
+
+    def train(self, mode: bool = True) -> "Model":
         """As torch's, but what is frozen (no parameter wants a gradient) stays in eval mode: a BatchNorm in it keeps
         its statistics, and no branch is skipped."""
         super().train(mode)
@@ -43,42 +75,62 @@ class Module(nn.Module):
         return self
 
     def save(self, path: str | Path, **metadata: Any) -> None:
-        """Write weights, constructor arguments and `metadata` (plain values: class names, normalisation) to `path`."""
+        """Write weights, constructor arguments and `metadata` (plain values: class names, normalisation) to `path`.
+
+        Raises:
+            OSError: the folder cannot be written; what was at `path` is untouched.
+        """
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         write_file(
-            path,
-            {
-                "model": type(self).__name__,
-                "config": self.config,
-                "weights": {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()},
-                "metadata": metadata,
-            },
+            path, {"model": type(self).__name__, "config": self.config, "weights": weights, "metadata": metadata}
         )
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Module":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Model":
         """The model that `save` wrote, in eval mode, its metadata in `model.metadata`.
 
-        Called on `Module` itself it takes a file of any class; called on a class it insists on that class.
+        Called on `Model` itself it takes a file of any class; called on a class it insists on that class. Nothing that
+        a file names is ever imported: it can only choose among the classes that are loaded already.
 
         Raises:
             CheckpointError: the file is missing, damaged, not a model, or of another class.
         """
-        contents = read_file(path)
-        if not {"model", "config", "weights", "metadata"} <= contents.keys():
-            raise CheckpointError(f"{path} holds no model of this project")
-        known = {subclass.__name__: subclass for subclass in _subclasses(Module)}
-        name = contents["model"]
+        contents = read_model(path)
+        name, known = contents["model"], {subclass.__name__: subclass for subclass in _subclasses(Model)}
         if name not in known:
             raise CheckpointError(f"{path} holds a model {name!r}, which this version does not know")
         if not issubclass(known[name], cls):
             raise CheckpointError(f"{path} holds a {name}, not a {cls.__name__}: use {name}.load")
         try:
             model = known[name](**contents["config"])
-            model.load_state_dict(contents["weights"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from None
-        model.metadata = contents["metadata"]
-        return model.to(device).eval()
+        return model.fill(contents, path).to(device)
+
+    def fill(self, contents: dict, path: str | Path) -> "Model":
+        """Take weights and metadata from the contents of a file, and go into eval mode.
+
+        Raises:
+            CheckpointError: the weights are those of another model.
+        """
+        try:
+            self.load_state_dict(contents["weights"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not fit {self.title}: {str(error).splitlines()[0]}") from None
+        self.metadata = contents["metadata"]
+        return self.eval()
+
+
+def read_model(path: str | Path) -> dict:
+    """The contents of a file that `Model.save` wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another kind.
+    """
+    contents = read_file(path)
+    if not {"model", "config", "weights", "metadata"} <= contents.keys():
+        raise CheckpointError(f"{path} holds no model of this project")
+    return contents
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -86,22 +138,11 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(step: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and convolutions in `step()`, a multiplication and an addition counted as two."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # torch counts nothing for the CPU's fused attention: here it is computed as two products of matrices
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*(_subclasses(subclass) for subclass in cls.__subclasses__()))
 
 
-class FeedForward(Module):
+class FeedForward(Model):
     """A multi-layer perceptron with one hidden layer and ReLU. Images are flattened: logits `(batch, output_size)`."""
 
     def __init__(self, input_size: int = 3072, hidden_size: int = 512, output_size: int = 10):
@@ -113,8 +154,12 @@ class FeedForward(Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.output(F.relu(self.hidden(images.flatten(1))))
 
+    @property
+    def image_size(self) -> int:
+        return math.isqrt(self.config["input_size"] // 3)
 
-class CNN(Module):
+
+class CNN(Model):
     """Two 3x3 convolutions (3 -> 16 -> 32), each with ReLU and 2x2 max pooling, then one linear layer.
 
     For 32x32 images that layer is 2048 -> 10 and the network has 25,578 parameters. Logits `(batch, output_size)`.
@@ -137,7 +182,7 @@ class CNN(Module):
         return self.output(x.flatten(1))
 
 
-class PatchEmbedding(Module):
+class PatchEmbedding(nn.Module):
     """Images to tokens: patches, each projected to `hidden_size`, an optional CLS token in front, and positions.
 
     `(batch, in_channels, img_size, img_size)` -> `(batch, tokens, hidden_size)`.
@@ -215,7 +260,7 @@ def _convolutional_tokenizer(in_channels: int, hidden_size: int, patch_size: int
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # a fifth faster in training on a CPU
 
 
-class MultiHeadAttention(Module):
+class MultiHeadAttention(nn.Module):
     """Self-attention (Vaswani et al. 2017) with one fused projection and heads of width `hidden_size / num_heads`.
 
     `(batch, tokens, hidden_size)` -> the same; with `return_attention` also the attention weights after the softmax,
@@ -239,10 +284,8 @@ class MultiHeadAttention(Module):
             part.view(batch, tokens, self.num_heads, head_size).transpose(1, 2)  # (batch, heads, tokens, head_size)
             for part in self.query_key_value(x).split(hidden_size, dim=-1)
         )
-        slow = (
-            query.device.type == "cpu" and query.dtype == torch.bfloat16
-        )  # the fused kernel's backward pass is, there
-        if return_attention or slow:
+        # on a CPU the fused kernel's backward pass is slow in bf16
+        if return_attention or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
             attention = (query * head_size**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
             x = attention @ value
         else:
@@ -251,7 +294,7 @@ class MultiHeadAttention(Module):
         return (x, attention) if return_attention else x
 
 
-class TransformerBlock(Module):
+class TransformerBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)) with GELU; `(batch, tokens, hidden_size)` kept.
 
     `drop_path` is the probability that an image skips a residual branch in training (stochastic depth, Huang et al.
@@ -288,7 +331,7 @@ class TransformerBlock(Module):
         return change * kept / (1 - self.drop_path)
 
 
-class VisionTransformer(Module):
+class VisionTransformer(Model):
     """Vision Transformer (Dosovitskiy et al. 2021): `(batch, in_channels, img_size, img_size)` images to logits.
 
     `model(images)` gives logits `(batch, output_size)`. `model(images, return_attention=True)` is the same forward
@@ -360,63 +403,12 @@ class VisionTransformer(Module):
             return {"logits": logits, "attention_weights": torch.stack(attention_weights)}
         return logits
 
-
-class TimmModel(Module):
-    """A model of the timm library (Wightman 2019) by its name, with random weights and a new head.
-
-    Images `(batch, 3, img_size, img_size)` are brought to the size the model was made for by bicubic interpolation.
-    Logits `(batch, output_size)`. timm's models do not give their attention weights.
-
-    `mean` and `std` are what the model's published weights expect images to be normalised with.
-
-    Raises:
-        ValueError: timm is not installed, or has no such model.
-    """
-
-    def __init__(self, name: str, img_size: int = 32, output_size: int = 10, drop_path: float = 0.0):
-        super().__init__()
-        _require_positive(img_size=img_size, output_size=output_size)
-        self.backbone = create_timm_model(name, output_size, drop_path)
-        published = self.backbone.pretrained_cfg
-        self.input_size = published["input_size"][-1]
-        self.mean, self.std = list(published["mean"]), list(published["std"])
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        side = images.shape[-1]
-        if side != self.input_size:
-            size = (self.input_size, self.input_size)
-            images = F.interpolate(images, size, mode="bicubic", antialias=side > self.input_size)
-        return self.backbone(images)
-
-    @property
-    def title(self) -> str:
-        return self.config["name"]
-
-    @property
-    def head(self) -> nn.Module:
-        return self.backbone.get_classifier()
+    def layers(self) -> list[list[nn.Module]]:
+        *blocks, last = self.blocks
+        return [[self.embedding], *([block] for block in blocks), [last, self.norm], [self.head]]
 
 
-def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn.Module:
-    """A model as timm makes it, with random weights; timm is imported only now, since nothing else needs it.
-
-    Raises:
-        ValueError: timm is not installed, or has no such model, or one without stochastic depth where that is wanted.
-    """
-    from images.augment import import_torchvision
-
-    try:
-        import_torchvision()
-        import timm
-    except ImportError as error:
-        raise ValueError(f"models of timm need the package {error.name}: pip install timm") from None
-    if not timm.is_model(name):
-        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "there are none"
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}; similar names: {similar}")
-    try:
-        return timm.create_model(name, num_classes=output_size, drop_path_rate=drop_path or None)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"timm's {name} cannot be made so: {error}") from None
+MODELS = {"vit": VisionTransformer, "cnn": CNN, "mlp": FeedForward}  # what `python train.py --model NAME` trains
 
 
 def _require_positive(**sizes: int) -> None:

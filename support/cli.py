@@ -1,88 +1,170 @@
-"""Command lines: hyperparameters from a dataclass, and errors of one line with exit code 2."""
+"""Command lines: flags from a dataclass, and errors of one line with exit code 2.
+
+A script has a dataclass `Config` and a `main(args=None)` that begins with `config = cli.parse(Config, args)`. Each field
+is a flag, its comment is the flag's help, a comment after an empty line is the title of a group of flags. Fields without
+a default are given without a flag: `python predict.py photo.jpg`.
+"""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
-import datetime
+import difflib
+import inspect
 import io
-import itertools
-import os
-import platform
 import re
 import sys
-from collections.abc import Iterator
+import textwrap
+import tokenize
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-import tyro
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from support import distributed
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+
+own_files: set[str] = set()  # of a person's own code, whose errors keep their traceback
+_program: list[str] = [Path(sys.argv[0]).name]  # `train.py`, or `-m studies.compare`
+_args: list[str] = sys.argv[1:]
 
 
-def parse(config_class: type[T], args: list[str] | None = None, presets: dict[str, dict] | None = None) -> T:
-    """The dataclass `config_class` from the command line; `--help` shows its fields, their comments and defaults.
+def parse(
+    config_class: type[T], args: list[str] | None = None, dependent_defaults: Callable[[T], dict] | None = None
+) -> T:
+    """The dataclass `config_class` with the values that the flags give.
 
-    With `presets`, the flag `--preset` names one of them: values that take the defaults' place.
+    A flag may be written with dashes or underscores. What is not known ends the program with one line on stderr and
+    exit code 2.
 
-    A flag may be written with dashes or underscores. A flag or value that is not known ends the program with one line
-    on stderr and exit code 2.
+    Args:
+        args: the flags; None takes the command line's.
+        dependent_defaults: of a config, the values that take the place of defaults because of other flags: those of a
+            preset, say.
     """
-    options = {}
-    if presets:
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--preset", nargs="?")
-        preset = finder.parse_known_args(args)[0].preset
-        options["default"] = dataclasses.replace(config_class(), **presets.get(preset, {}))
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=args, config=(tyro.conf.FlagCreatePairsOff,), **options)
-    except SystemExit as stop:
-        if stop.code:
-            # tyro draws a box: its title, what was wrong, a rule, and then advice; where it must, of ASCII alone
-            lines = [line.strip("│╰╯ ") for line in complaint.getvalue().splitlines()[1:]]
-            what_was_wrong = itertools.takewhile(
-                is_no_rule, itertools.dropwhile(lambda line: not is_no_rule(line), lines)
-            )
-            fail(" ".join(what_was_wrong) + " (--help shows all flags)")
-        raise
+    global _program, _args
+    path = Path(inspect.getfile(config_class)).resolve()
+    in_folder = path.parent != ROOT and path.is_relative_to(ROOT)
+    _program = ["-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)] if in_folder else [path.name]
+    _args = list(sys.argv[1:] if args is None else args)
+    flags = [_with_underscores(arg) for arg in _args]
+    parser = _build_parser(config_class)
+    config = config_class(**_values(parser, flags))
+    if dependent_defaults is not None:
+        parser.set_defaults(**dependent_defaults(config))
+        config = config_class(**_values(parser, flags))
+    return config
 
 
-def is_no_rule(line: str) -> bool:
-    return line.strip("─-") != ""
+def command() -> list[str]:
+    """What was called: `train.py`, or `-m` and a module's name; then the flags."""
+    return _program + _args
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions  # argparse has no public list of its flags
+        for word in re.findall(r"--\w+", message.partition("unrecognized arguments:")[2]):
+            if similar := difflib.get_close_matches(word, known, 1):
+                message += f"; did you mean {similar[0]}?"
+        fail(f"{message} (--help shows all flags)")
+
+
+def _with_underscores(arg: str) -> str:
+    flag, equals, value = arg.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else arg
+
+
+def _values(parser: argparse.ArgumentParser, flags: list[str]) -> dict[str, Any]:
+    values = vars(parser.parse_args(flags))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _build_parser(config_class: type) -> _Parser:
+    description = inspect.cleandoc(config_class.__doc__)
+    parser = _Parser(prog=" ".join(_program), description=description, allow_abbrev=False)
+    groups = {}
+    hints, texts = get_type_hints(config_class), _comments(config_class)
+    for field in dataclasses.fields(config_class):
+        section, text = texts[field.name]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        _add_argument(groups[section], field.name, hints[field.name], default, text.replace("%", "%%"))
+    return parser
+
+
+def _add_argument(group, name: str, hint: Any, default: Any, text: str) -> None:
+    if hint is bool:
+        flag, action = (f"--no_{name}", "store_false") if default else (f"--{name}", "store_true")
+        group.add_argument(flag, dest=name, action=action, default=default, help=text)
+        return
+    options = {"help": text}
+    if type(None) in get_args(hint):  # X | None
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) in (tuple, list):
+        options["nargs"] = "*" if default is dataclasses.MISSING else "+"
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        options["choices"] = get_args(hint)
+        hint = type(get_args(hint)[0])
+    if default is dataclasses.MISSING:
+        group.add_argument(name, type=hint, **options)
+        return
+    if default not in (None, ()):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        options["help"] += f" (default: {shown})".replace("%", "%%")
+    metavar = None if "choices" in options else hint.__name__.upper()
+    group.add_argument(f"--{name}", type=hint, default=default, metavar=metavar, **options)
+
+
+def _comments(config_class: type) -> dict[str, tuple[str, str]]:
+    """Of each field the group that it belongs to, and its help, both from the comments in the source."""
+    texts = {}
+    for cls in reversed(config_class.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        source = textwrap.dedent(inspect.getsource(cls))
+        lines = source.splitlines()
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        alone = {number for number in comments if lines[number - 1].lstrip().startswith("#")}
+        section = "options"
+        for node in ast.parse(source).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            above, number = [], node.lineno - 1
+            while number in alone:
+                above.insert(0, comments[number])
+                number -= 1
+            if above and not lines[number - 1].strip():
+                section = above.pop(0)
+            beside = [comments[node.end_lineno]] if node.end_lineno in comments else []
+            texts[node.target.id] = section, " ".join(above + beside)
+    return texts
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause (a bad value, a bad file) into one line; other exceptions keep their traceback."""
+    """Turn what a user can cause (a bad value, a bad file) into one line; other exceptions, and those out of a person's
+    own code, keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
+        if own_files.intersection(frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         fail(str(error))
 
 
-def fail(message: str, code: int = 2) -> None:
+def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line, of several processes only the first that fails, and end with this exit code."""
     message = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(message.split()))  # how Python begins a system's errors
     if distributed.first_to_fail():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{_program[-1]}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def provenance() -> dict:
-    """What a stored figure came from: command, date, versions and machine."""
-    return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "processes": distributed.world_size(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

@@ -1,19 +1,210 @@
-"""Start from trained weights: those of another model of this project, or the published ones of a timm model."""
+"""Models by name: those of network.py, timm's, and your own file's; and trained weights to start from.
 
+`--model vit`, `--model timm:resnet18`, `--model my_model.py:MyNet`.
+"""
+
+import difflib
+import importlib.util
+import inspect
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from network import Module, TimmModel
+from images.augment import import_torchvision
+from network import MODELS, Model
+from support import cli
+
+
+def find_model(name: str) -> type[nn.Module]:
+    """The class that a name of `--model` stands for; a file of your own is imported.
+
+    Raises:
+        ValueError: there is no such model, file, or class in it.
+    """
+    if name.startswith("timm:"):
+        return TimmModel
+    if ".py:" in name:
+        return import_class(name)
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose {', '.join(MODELS)}, timm:NAME, or my_model.py:MyNet")
+    return MODELS[name]
+
+
+def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: int) -> Model:
+    """A new model by its name. Its constructor is given, by name, what it asks for: any hyperparameter, and `img_size`,
+    `input_size` (numbers in an image) and `output_size` (classes).
+
+    Raises:
+        ValueError: sizes that do not go together, or for which there is no memory.
+    """
+    sizes = {"img_size": img_size, "input_size": 3 * img_size**2, "output_size": num_classes}
+    cls = find_model(name)
+    wanted = inspect.signature(cls.__init__).parameters
+    arguments = {key: value for key, value in {**hyperparameters, **sizes}.items() if key in wanted}
+    if ".py:" in name:
+        return OwnModel(cls.__name__, arguments, cls)
+    if cls is TimmModel:
+        arguments["name"] = name.removeprefix("timm:")
+    try:
+        return cls(**arguments)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and convolutions in `step()`, a multiplication and an addition counted as two."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # torch counts nothing for the CPU's fused attention: here it is computed as two products of matrices
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------- your own model
+
+
+def import_class(where: str) -> type[nn.Module]:
+    """The class that `my_model.py:MyNet` names. What goes wrong in that file keeps its traceback.
+
+    Raises:
+        ValueError: there is no such file, or no such `nn.Module` in it.
+    """
+    file, _, name = where.rpartition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ValueError(f"--model {where}: there is no file {file}")
+    cli.own_files.add(str(path))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # the file may import what lies beside it
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and the like look themselves up
+    spec.loader.exec_module(module)
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"--model {where}: {file} has no nn.Module of the name {name!r}")
+    return cls
+
+
+class OwnModel(Model):
+    """A plain `nn.Module` of your own, `(batch, 3, height, width)` images to logits `(batch, classes)`.
+
+    A file remembers its class's name and constructor arguments, but never where the class lies: who loads the file says
+    `--model my_model.py:MyNet`, so that a stranger's file cannot choose code to run.
+    """
+
+    def __init__(self, name: str, arguments: dict, cls: type[nn.Module] | None = None):
+        super().__init__()
+        if cls is None:
+            raise ValueError(f"{name} is a class of your own: say where it lies, --model my_model.py:{name}")
+        self.config = {"name": name, "arguments": arguments}
+        self.module = cls(**arguments)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module(images)
+
+    @property
+    def title(self) -> str:
+        return self.config["name"]
+
+    @property
+    def image_size(self) -> int:
+        return self.metadata["image_size"]
+
+    def layers(self) -> list[list[nn.Module]]:
+        return [[child] for child in self.module.children() if list(child.parameters())]
+
+
+# ------------------------------------------------------------------------------------------------- timm's models
+
+
+class TimmModel(Model):
+    """A model of the timm library (Wightman 2019) by its name, with random weights and a new head.
+
+    Images `(batch, 3, img_size, img_size)` are brought to the size the model was made for by bicubic interpolation.
+    Logits `(batch, output_size)`. timm's models do not give their attention weights.
+
+    `mean` and `std` are what the model's published weights expect images to be normalised with.
+
+    Raises:
+        ValueError: timm is not installed, or has no such model.
+    """
+
+    def __init__(self, name: str, img_size: int = 32, output_size: int = 10, drop_path: float = 0.0):
+        super().__init__()
+        if img_size < 1 or output_size < 1:
+            raise ValueError(f"img_size {img_size} and output_size {output_size} must be positive")
+        self.backbone = create_timm_model(name, output_size, drop_path)
+        published = self.backbone.pretrained_cfg
+        self.input_size = published["input_size"][-1]
+        self.mean, self.std = list(published["mean"]), list(published["std"])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = images.shape[-1]
+        if side != self.input_size:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=side > self.input_size)
+        return self.backbone(images)
+
+    @property
+    def title(self) -> str:
+        return self.config["name"]
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def rate_scales(self, decay: float) -> dict[nn.Parameter, float]:
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(self.backbone, layer_decay=decay)
+        return {p: group["lr_scale"] for group in groups for p in group["params"]}
+
+    def undecayed(self) -> set[nn.Parameter]:
+        from timm.optim import param_groups_weight_decay
+
+        names = getattr(self.backbone, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(self.backbone, weight_decay=1.0, no_weight_decay_list=names)
+        return {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+
+    def hidden_matrices(self) -> set[nn.Parameter]:
+        return set()  # they get AdamW alone
+
+
+def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn.Module:
+    """A model as timm makes it, with random weights; timm is imported only now, since nothing else needs it.
+
+    Raises:
+        ValueError: timm is not installed, or has no such model, or one without stochastic depth where that is wanted.
+    """
+    try:
+        import_torchvision()
+        import timm
+    except ImportError as error:
+        raise ValueError(f"models of timm need the package {error.name}: pip install timm") from None
+    if not timm.is_model(name):
+        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "there are none"
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; similar names: {similar}")
+    try:
+        return timm.create_model(name, num_classes=output_size, drop_path_rate=drop_path or None)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"timm's {name} cannot be made so: {error}") from None
+
+
+# ------------------------------------------------------------------------------------- trained weights to start from
 
 FREE = ("img_size", "output_size", "drop_path")  # arguments in which a model may differ from the one it starts from
 
 
-def start_from(model: Module, path: str | Path) -> dict:
-    """Give `model` the weights in a file that `Module.save` wrote, all but its head's, which stays new.
+def start_from(model: Model, path: str | Path) -> dict:
+    """Give `model` the weights in a file that `Model.save` wrote, all but its head's, which stays new.
 
     Where the images have another size, the positional embeddings are interpolated to the new grid of patches. Returns
     the file's metadata: images want the normalisation that these weights were trained with.
@@ -22,18 +213,22 @@ def start_from(model: Module, path: str | Path) -> dict:
         CheckpointError: the file cannot be used.
         ValueError: it holds a model of another class or of other sizes.
     """
-    source = Module.load(path)
-    if type(source) is not type(model):
-        raise ValueError(f"{path} holds a {type(source).__name__}, which cannot start a {type(model).__name__}")
+    from training.trained import load_model
+
+    own = type(model.module) if isinstance(model, OwnModel) else None
+    source = load_model(path, own_class=own)
+    if type(source) is not type(model) or source.title != model.title:
+        raise ValueError(f"{path} holds a {source.title}, which cannot start a {model.title}")
+    mine, theirs = (m.config.get("arguments", m.config) for m in (model, source))
     different = [
-        f"{name} is {source.config[name]} there and {value} here"
-        for name, value in model.config.items()
-        if name not in FREE and source.config[name] != value
+        f"{name} is {theirs[name]} there and {value} here"
+        for name, value in mine.items()
+        if name not in FREE and theirs[name] != value
     ]
     if different:
         raise ValueError(f"{path} does not fit: {', '.join(different)}")
     new, weights = model.state_dict(), source.state_dict()
-    head = {id(tensor) for tensor in head_of(model).parameters()}
+    head = {id(tensor) for tensor in model.get_classifier().parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in head:
             weights[name] = new[name]
@@ -61,13 +256,13 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
         path: a file with them (.safetensors, .pth, .npz); None downloads them, or finds them in timm's cache.
 
     Raises:
-        ValueError: they cannot be had, or do not fit.
+        ValueError: they are not available, or do not fit.
     """
     import timm
 
     name = model.config["name"]
     if path is not None and not Path(path).is_file():
-        raise ValueError(f"the weights of {name} cannot be had from {path}: there is no such file")
+        raise ValueError(f"the weights of {name} are not available from {path}: there is no such file")
     overlay = None if path is None else {"file": path, "custom_load": Path(path).suffix == ".npz"}
     source = path or "the network"
     print(f"weights of {name} from {source}" + ("" if path else " or timm's cache (without either, a minute's wait)"))
@@ -78,18 +273,13 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
     except Exception as error:  # the libraries below have many ways of saying that it did not work
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         advice = "" if path else ". Without a network, --pretrained_file takes them from a file"
-        raise ValueError(f"the weights of {name} cannot be had from {source}: {reason}{advice}") from None
-    head = {id(tensor) for tensor in head_of(model).parameters()}
+        raise ValueError(f"the weights of {name} are not available from {source}: {reason}{advice}") from None
+    head = {id(tensor) for tensor in model.get_classifier().parameters()}
     new = {name: p for name, p in model.backbone.named_parameters() if id(p) in head}
     model.backbone.load_state_dict({**trained.state_dict(), **new})
 
 
-def freeze_backbone(model: Module) -> None:
+def freeze_backbone(model: Model) -> None:
     """Leave only the head to be trained."""
     model.requires_grad_(False)
-    head_of(model).requires_grad_(True)
-
-
-def head_of(model: Module) -> nn.Module:
-    """The last linear layer, which belongs to the classes."""
-    return model.output if hasattr(model, "output") else model.head
+    model.get_classifier().requires_grad_(True)
