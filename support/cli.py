@@ -1,8 +1,8 @@
 """Command lines: flags from a dataclass, and errors of one line with exit code 2.
 
-A script has a dataclass `Config` and a `main(args=None)` that begins with `config = cli.parse(Config, args)`. Each field
-is a flag, its comment is the flag's help, a comment after an empty line is the title of a group of flags. Fields without
-a default are given without a flag: `python predict.py photo.jpg`.
+A script has a dataclass `Config` and a `main(args=None)` that begins with `config = cli.parse(Config, args)`. Each
+field is a flag, its comment is the flag's help, a comment after an empty line is the title of a group of flags. Fields
+without a default are given without a flag: `python predict.py photo.jpg`.
 """
 
 import argparse
@@ -84,21 +84,26 @@ def _values(parser: argparse.ArgumentParser, flags: list[str]) -> dict[str, Any]
 
 def _build_parser(config_class: type) -> _Parser:
     description = inspect.cleandoc(config_class.__doc__)
-    parser = _Parser(prog=" ".join(_program), description=description, allow_abbrev=False)
-    groups = {}
-    hints, texts = get_type_hints(config_class), _comments(config_class)
-    for field in dataclasses.fields(config_class):
-        section, text = texts[field.name]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        _add_argument(groups[section], field.name, hints[field.name], default, text.replace("%", "%%"))
+    positional = [field.name for field in dataclasses.fields(config_class) if _is_required(field)]
+    usage = " ".join(["python", *_program, *positional, "[flags]"])
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False)
+    groups = {"options": parser}
+    hints, fields = get_type_hints(config_class), {field.name: field for field in dataclasses.fields(config_class)}
+    for name, (title, text) in flag_groups(config_class).items():
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_argument(groups[title], fields[name], hints[name], text.replace("%", "%%"))
     return parser
 
 
-def _add_argument(group, name: str, hint: Any, default: Any, text: str) -> None:
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None:
+    name, default = field.name, field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
     if hint is bool:
         flag, action = (f"--no_{name}", "store_false") if default else (f"--{name}", "store_true")
         group.add_argument(flag, dest=name, action=action, default=default, help=text)
@@ -122,10 +127,11 @@ def _add_argument(group, name: str, hint: Any, default: Any, text: str) -> None:
     group.add_argument(f"--{name}", type=hint, default=default, metavar=metavar, **options)
 
 
-def _comments(config_class: type) -> dict[str, tuple[str, str]]:
-    """Of each field the group that it belongs to, and its help, both from the comments in the source."""
+def flag_groups(config_class: type) -> dict[str, tuple[str, str]]:
+    """Of each field the title of the group that it belongs to, and its help, both from the comments in the source; the
+    class's own fields first, then those that it inherits."""
     texts = {}
-    for cls in reversed(config_class.__mro__):
+    for cls in config_class.__mro__:
         if not dataclasses.is_dataclass(cls):
             continue
         source = textwrap.dedent(inspect.getsource(cls))
@@ -133,7 +139,7 @@ def _comments(config_class: type) -> dict[str, tuple[str, str]]:
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
         alone = {number for number in comments if lines[number - 1].lstrip().startswith("#")}
-        section = "options"
+        title = "options"
         for node in ast.parse(source).body[0].body:
             if not isinstance(node, ast.AnnAssign):
                 continue
@@ -142,9 +148,9 @@ def _comments(config_class: type) -> dict[str, tuple[str, str]]:
                 above.insert(0, comments[number])
                 number -= 1
             if above and not lines[number - 1].strip():
-                section = above.pop(0)
+                title = above.pop(0)
             beside = [comments[node.end_lineno]] if node.end_lineno in comments else []
-            texts[node.target.id] = section, " ".join(above + beside)
+            texts.setdefault(node.target.id, (title, " ".join(above + beside)))
     return texts
 
 

@@ -13,18 +13,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a process that ends is missed at once; this is for one that hangs
 PATIENCE = datetime.timedelta(days=1)  # with one that does something before the others: a download may take long
 _store = None  # shared by the processes, before and after anything goes wrong
-_turns = itertools.count()  # of `one_before_the_others`
+_turns = itertools.count()  # of `main_process_first`
 _apart = False  # whether this process acts as if it were alone, see `apart`
 
 
@@ -44,7 +42,7 @@ def processes() -> Iterator[None]:
         if number > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         yield
-        wait_for_all()  # the first may still be drawing
+        barrier()  # the first may still be drawing
         dist.destroy_process_group()
     except RuntimeError as error:
         first = first_to_fail()
@@ -108,40 +106,22 @@ def first_to_fail() -> bool:
 # ---------------------------------------------------------------------------------------------------- agreement
 
 
-def add_up(number: int) -> int:
-    """The sum of every process's number. It travels between processors: no accelerator is waited for."""
-    return _combine(number, dist.ReduceOp.SUM)
-
-
-def largest(number: int) -> int:
-    """The largest of every process's number."""
-    return _combine(number, dist.ReduceOp.MAX)
-
-
-def _combine(number: int, operation: dist.ReduceOp) -> int:
+def all_reduce(number: int, operation: Literal["sum", "max"] = "sum") -> int:
+    """The sum, or the largest, of every process's number. It travels between processors: no accelerator waits."""
     if world_size() == 1:
         return number
     result = torch.tensor(int(number))
-    dist.all_reduce(result, operation)
+    dist.all_reduce(result, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
     return result.item()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return once every process has come here."""
-    add_up(0)
-
-
-def add_up_on_device(*tensors: torch.Tensor) -> None:
-    """Put the sum over all processes into each of these scalars."""
-    if world_size() > 1:
-        sums = torch.stack([tensor.double() for tensor in tensors])
-        dist.all_reduce(sums)
-        for tensor, total in zip(tensors, sums, strict=True):
-            tensor.copy_(total)
+    all_reduce(0)
 
 
 @contextlib.contextmanager
-def one_before_the_others() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process of each machine does this alone, a download say; then the others do it, and find it done."""
     done = f"turn {next(_turns)} of machine {os.environ.get('GROUP_RANK', 0)} is over"
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -152,7 +132,7 @@ def one_before_the_others() -> Iterator[None]:
         _store.set(done, "")
 
 
-def from_the_first(make: Callable[..., Any], *args: Any) -> Any:
+def broadcast(make: Callable[..., Any], *args: Any) -> Any:
     """What `make` gives the first process, on all of them: a file, say, that only its machine has."""
     result = [make(*args) if rank() == 0 else None]
     if world_size() > 1:
@@ -166,11 +146,8 @@ def require_same(what: str, value: str) -> None:
     Raises:
         ValueError: `what` has not the same value in all processes.
     """
-    if add_up(value != from_the_first(str, value)):
+    if all_reduce(value != broadcast(str, value)):
         raise ValueError(f"the processes do not have the same {what}: start all of them alike, with the same data")
-
-
-# ------------------------------------------------------------------------------------------------------ training
 
 
 def device_name(name: str) -> str:
@@ -191,66 +168,7 @@ def device_name(name: str) -> str:
     return f"cuda:{number}"
 
 
-def draw_apart(seed: int, step: int) -> None:
+def seed_rank(seed: int, step: int) -> None:
     """Have processes draw different numbers from here on, for stochastic depth; the first goes on as it would alone."""
     if rank() > 0:
         torch.manual_seed(seed + 1_000_003 * (rank() + 1_000_003 * step))
-
-
-def share_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Have BatchNorm normalise with the images of all processes, as it would in one, in place.
-
-    Kinds of it that a library derives keep the statistics of each process's own images.
-    """
-    if world_size() == 1:
-        return
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is not nn.BatchNorm2d:
-                continue
-            if device.type == "cuda":
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-            else:
-                child.__class__ = SharedBatchNorm2d  # torch's SyncBatchNorm is for GPUs
-
-
-def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` to be called in training: after `backward` each gradient is the mean over all processes."""
-    if world_size() == 1:
-        return model
-    device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm (Ioffe & Szegedy 2015) over the batches of all processes together, also where some are empty."""
-
-    @torch.compiler.disable
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
-        count = add_up(x.numel() // x.shape[1])
-        mean = SumOverProcesses.apply(x.float().sum(dim=(0, 2, 3))) / count
-        centred = x.float() - mean.view(1, -1, 1, 1)
-        variance = SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(x.dtype)
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """Every process has the sum; what it has to do with one's own number it has to do with everyone's."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        if world_size() > 1:
-            dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return SumOverProcesses.forward(None, gradient)

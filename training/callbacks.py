@@ -1,12 +1,15 @@
-"""What hangs on the Runner: averaged weights, early stopping, frames, TensorBoard; and a compiled model."""
+"""What hangs on a Runner, in its list of callbacks: clock, progress bar, averaged weights, early stopping, the GIF's
+frames, TensorBoard. And a compiled model."""
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import utils
 from network import VisionTransformer
@@ -14,12 +17,115 @@ from runner import Runner
 from support import distributed
 
 
+class Clock:
+    """Counts the seconds of training steps alone, without loading, validation and other callbacks.
+
+    `seconds` until now, and `val_seconds`, what that was at each validation.
+    """
+
+    def __init__(self):
+        self.seconds, self.val_seconds, self._started = 0.0, [], 0.0
+
+    def step_start(self, runner: Runner) -> None:
+        self._started = time.perf_counter()
+
+    def step_end(self, runner: Runner) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def epoch_end(self, runner: Runner) -> None:
+        self.val_seconds.append(self.seconds)
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds, "val_seconds": self.val_seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds, self.val_seconds = state["seconds"], state["val_seconds"]
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+class ProgressBar:
+    """A bar while an epoch runs, with loss and accuracy so far and the time left; then a line that stays.
+
+    Args:
+        clock: whose seconds `images/s` is of, so that pictures and validation do not count.
+    """
+
+    def __init__(self, clock: Clock):
+        self.clock, self.bar = clock, None
+
+    def train_start(self, runner: Runner) -> None:
+        self._began, self._first_step = time.perf_counter(), runner.step
+
+    def step_start(self, runner: Runner) -> None:
+        if self.bar is None:
+            self._seconds, self._images = self.clock.seconds, runner.totals[2].item() if runner.batch else 0
+            options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": distributed.rank() > 0}
+            title = f"epoch {runner.epoch + 1}/{runner.total_epochs}"
+            self.bar = tqdm(desc=title, total=runner.steps_per_epoch, initial=runner.batch, unit="step", **options)
+
+    def step_end(self, runner: Runner) -> None:
+        if self.bar.update():  # it is time to redraw the bar
+            loss, correct, images = runner.totals.tolist()
+            skipped = f", {runner.skipped} steps skipped" if runner.skipped else ""
+            text = f"loss {loss / images:.3f}, accuracy {correct / images:.1%}, " if images else ""
+            self.bar.set_postfix_str(f"{text}{self._left(runner)} left in all{skipped}", refresh=False)
+        if runner.batch == runner.steps_per_epoch:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def epoch_end(self, runner: Runner) -> None:
+        loss, correct, images = runner.totals.tolist()
+        rate = (images - self._images) / max(self.clock.seconds - self._seconds, 1e-9)
+        line = f"epoch {runner.epoch:3d}/{runner.total_epochs}  train loss {loss / images:.4f} "
+        line += f"accuracy {correct / images:6.2%}"
+        if runner.metrics["val_step"][-1:] == [runner.step]:
+            line += f"  val loss {runner.metrics['val_loss'][-1]:.4f} "
+            line += f"accuracy {runner.metrics['val_accuracy'][-1]:6.2%}"
+        print(f"{line}  {rate:,.0f} images/s  {self._left(runner)} left", flush=True)
+
+    def _left(self, runner: Runner) -> str:
+        """Time until the end, if it goes on as it did since training began, all that comes between included."""
+        done = max(1, runner.step - self._first_step)
+        return clock_time((runner.total_steps - runner.step) * (time.perf_counter() - self._began) / done)
+
+
+class WithProgress:
+    """A loader that shows a bar while it is read, and is else as it was."""
+
+    def __init__(self, loader: Iterable, title: str):
+        self.loader, self.title = loader, title
+
+    def __iter__(self) -> Iterator:
+        return iter(tqdm(self.loader, self.title, unit="batch", leave=False, disable=distributed.rank() > 0))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+
+def clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# ------------------------------------------------------------------------------- what changes the training
+
+
 class WeightAverage:
-    """Has a runner validate and test an exponential moving average of its weights (Polyak & Juditsky 1992).
+    """Has the runner validate and test an exponential moving average of its weights (Polyak & Juditsky 1992).
 
     After step n the average becomes d * average + (1 - d) * weights, where d is `decay`, or (1 + n) / (10 + n) while
     that is less: what came first is soon forgotten in short runs too. Buffers (BatchNorm's running mean and variance)
-    are averaged in the same way. The average is `runner.eval_model`, and part of the runner's state.
+    are averaged in the same way. The average is `runner.eval_model`.
     """
 
     def __init__(self, runner: Runner, decay: float):
@@ -29,55 +135,52 @@ class WeightAverage:
 
         self.average = AveragedModel(runner.model, multi_avg_fn=move, use_buffers=True)
         runner.eval_model = self.average.module
-        runner.callbacks["train_start"].append(self._start)
-        runner.callbacks["step_end"].append(self._update)
-        runner.stateful["weight_average"] = self.average
 
-    def _start(self, runner: Runner) -> None:
+    def train_start(self, runner: Runner) -> None:
         if self.average.n_averaged == 0:  # also where a run that had no average is resumed with one
-            self._update(runner)  # the first update copies
+            self.step_end(runner)  # the first update copies
 
-    def _update(self, runner: Runner) -> None:
+    def step_end(self, runner: Runner) -> None:
         self.average.update_parameters(runner.model)
+
+    def state_dict(self) -> dict:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average.load_state_dict(state)
 
 
 class EarlyStopping:
     """Ends training once validation "loss" or "accuracy" stops improving for `patience` epochs; keeps the best weights.
 
     Only a change by more than `min_improvement` (of the loss in nats, of the accuracy as a fraction) is an improvement.
-    `epoch` is the one whose weights are kept, counted from 1; after each improvement `on_best` is called. All of it is
-    part of the runner's state.
+    `epoch` is the one whose weights are kept, counted from 1; after each improvement `on_best(runner)` is called.
     """
 
     def __init__(
         self,
-        runner: Runner,
         quantity: str,
         patience: int,
         min_improvement: float = 0.0,
-        on_best: Callable[[Runner], None] | None = None,
+        on_best: Callable[[Runner], None] = lambda runner: None,
     ):
         self.quantity, self.patience, self.min_improvement, self.on_best = quantity, patience, min_improvement, on_best
         self.epoch, self.best, self.weights = 0, None, None
-        runner.callbacks["train_start"].append(self._stop_when_due)
-        runner.callbacks["epoch_end"].append(self._compare)
-        runner.stateful["early_stopping"] = self
 
-    def _compare(self, runner: Runner) -> None:
+    def train_start(self, runner: Runner) -> None:
+        if self.weights is not None and runner.epoch - self.epoch >= self.patience:
+            runner.stop = True
+
+    def epoch_end(self, runner: Runner) -> None:
         value = runner.metrics[f"val_{self.quantity}"][-1]
         if self.weights is None or self._improvement(value) > self.min_improvement:
             self.epoch, self.best = runner.epoch, value
             self.weights = {name: tensor.clone() for name, tensor in runner.eval_model.state_dict().items()}
-            if self.on_best is not None:
-                self.on_best(runner)
-        self._stop_when_due(runner)
+            self.on_best(runner)
+        self.train_start(runner)
 
     def _improvement(self, value: float) -> float:
         return self.best - value if self.quantity == "loss" else value - self.best
-
-    def _stop_when_due(self, runner: Runner) -> None:
-        if self.weights is not None and runner.epoch - self.epoch >= self.patience:
-            runner.stop = True
 
     def use_best(self, runner: Runner) -> None:
         """Have the runner test the best weights; those that it would train further are left as they are."""
@@ -92,38 +195,66 @@ class EarlyStopping:
             self.epoch, self.best, self.weights = state["epoch"], state["best"], state["weights"]
 
 
-def draw_frames(
-    runner: Runner, loader: Iterable, classes: list[str], folder: Path, count: int, epochs: int, title: str
-) -> None:
-    """Have a runner draw `count` frames of a GIF into `folder` while it trains, spread over all its steps, besides
-    those of the beginning and the end: curves, and what it says of six images of `loader`."""
+def compile_training(runner: Runner, loader: Iterable) -> None:
+    """Have a runner's training steps call its model through `torch.compile`, or say in one line why that cannot be.
 
-    def draw(runner: Runner) -> None:
-        epoch = min(runner.epoch + 1, epochs)
-        runner.plot(loader, folder / f"frame_{runner.step:07d}.png", classes, f"{title}, epoch {epoch} of {epochs}")
+    It is tried, forward and back, with the first batch of `loader`; what that does to statistics, gradients and random
+    state is undone. A smaller last batch is compiled when it comes.
+    """
+    model, device = runner.model.train(), runner.device
+    before = copy.deepcopy(model.state_dict())
+    compiled, reason = torch.compile(model), None
+    images = next(iter(loader))[0].tensor_split(runner.grad_accum)[0].to(device)
+    try:
+        # each process tries for itself: one that fails would leave the others waiting for its part of a BatchNorm
+        with distributed.apart(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            runner.logits(compiled, images).sum().backward()
+    except Exception as error:  # compilers, code generators and drivers fail in many ways
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    model.zero_grad()
+    model.load_state_dict(before)
+    if distributed.all_reduce(reason is not None) == 0:
+        runner.training_model = compiled
+    else:
+        print(f"--compile does not work here, going on without: {reason or 'it failed in another process'}")
 
-    def draw_when_due(runner: Runner) -> None:
-        if runner.step % -(-runner.total_steps // count) == 0:
-            draw(runner)
 
-    def draw_last(runner: Runner) -> None:
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+class Frames:
+    """Draws `count` frames of a GIF into `folder`, spread over all steps, besides those of the beginning and the end:
+    curves, and what the model says of six images of `loader`."""
+
+    def __init__(self, loader: Iterable, classes: list[str], folder: Path, count: int, title: str):
+        self.loader, self.classes, self.folder, self.count, self.title = loader, classes, folder, count, title
+
+    def train_start(self, runner: Runner) -> None:
+        if runner.step == 0:
+            for frame in self.folder.glob("frame_*.png"):
+                frame.unlink()
+            self._draw(runner)
+
+    def step_end(self, runner: Runner) -> None:
+        if runner.step % -(-runner.total_steps // self.count) == 0:
+            self._draw(runner)
+
+    def epoch_end(self, runner: Runner) -> None:
         if runner.step == runner.total_steps:  # once more, now that the last validation is in
-            draw(runner)
+            self._draw(runner)
 
-    if runner.step == 0:
-        for frame in folder.glob("frame_*.png"):
-            frame.unlink()
-        runner.callbacks["train_start"].append(draw)
-    runner.callbacks["step_end"].append(draw_when_due)
-    runner.callbacks["epoch_end"].append(draw_last)
+    def _draw(self, runner: Runner) -> None:
+        epoch, epochs = min(runner.epoch + 1, runner.total_epochs), runner.total_epochs
+        path = self.folder / f"frame_{runner.step:07d}.png"
+        runner.plot(self.loader, path, self.classes, f"{self.title}, epoch {epoch} of {epochs}")
 
 
 class TensorBoard:
     """Writes for TensorBoard what a runner measures, and after each epoch its pictures: progress and attention.
 
     Args:
-        folder: where; `tensorboard --logdir` shows it, or all that are in a folder above. A run that begins empties it,
-            one that is resumed strikes out what came from its checkpoint on, and writes it again.
+        folder: where; `tensorboard --logdir runs` shows it, or all that are in a folder above. A run that begins
+            empties it, one that is resumed strikes out what came after its checkpoint, and writes it again.
         loader: of the images shown.
         classes: class names.
 
@@ -131,34 +262,42 @@ class TensorBoard:
         ValueError: tensorboard is not installed.
     """
 
-    def __init__(self, runner: Runner, folder: Path, loader, classes: list[str]):
+    def __init__(self, folder: Path, loader, classes: list[str]):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         self.make_writer, self.folder, self.loader, self.classes = SummaryWriter, folder, loader, classes
-        runner.callbacks["train_start"].append(self._start)
-        runner.callbacks["step_end"].append(self._write_training)
-        runner.callbacks["epoch_end"].append(self._write_validation)
+        self.rate = 0.0  # of the last step
 
-    def _start(self, runner: Runner) -> None:
+    def train_start(self, runner: Runner) -> None:
         if runner.step == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.writer = self.make_writer(str(self.folder), purge_step=runner.step or None)
         self.entries = sum(step < runner.step for step in runner.metrics["train_step"])
+        if runner.step:
+            self._write_training(runner)
+            if runner.metrics["val_step"][-1:] == [runner.step]:
+                self.epoch_end(runner)
+        self.next_rate = learning_rate(runner)
+
+    def step_end(self, runner: Runner) -> None:
+        # the schedule has moved on: what it says now is the next step's
+        self.rate, self.next_rate = self.next_rate, learning_rate(runner)
         self._write_training(runner)
-        if runner.metrics["val_step"][-1:] == [runner.step]:
-            self._write_validation(runner)
 
     def _write_training(self, runner: Runner) -> None:
-        if len(runner.metrics["train_step"]) > self.entries:
-            self.entries += 1
-            self._write_scalars(runner, "train")
-            rate = max(group["lr"] for group in runner.optimizer.param_groups)
-            self.writer.add_scalar("learning_rate", rate, runner.step)
+        new = (runner.metrics[f"train_{what}"][self.entries :] for what in ("step", "loss", "accuracy"))
+        for step, loss, accuracy in zip(*new, strict=True):
+            self.writer.add_scalar("loss/train", loss, step)
+            self.writer.add_scalar("accuracy/train", accuracy, step)
+        self.entries = len(runner.metrics["train_step"])
+        self.writer.add_scalar("learning_rate", self.rate, runner.step)
 
-    def _write_validation(self, runner: Runner) -> None:
-        self._write_scalars(runner, "val")
+    def epoch_end(self, runner: Runner) -> None:
+        for quantity in ("loss", "accuracy"):
+            if values := runner.metrics[f"val_{quantity}"]:
+                self.writer.add_scalar(f"{quantity}/val", values[-1], runner.step)
         progress = runner.plot(self.loader, classes=self.classes)
         self.writer.add_figure("progress", progress, runner.step, close=False)
         if isinstance(runner.eval_model, VisionTransformer):
@@ -166,29 +305,13 @@ class TensorBoard:
             self.writer.add_figure("attention", attention, runner.step, close=False)
         self.writer.flush()
 
-    def _write_scalars(self, runner: Runner, split: str) -> None:
-        for quantity in ("loss", "accuracy"):
-            self.writer.add_scalar(f"{quantity}/{split}", runner.metrics[f"{split}_{quantity}"][-1], runner.step)
+    def state_dict(self) -> dict:
+        self.writer.flush()  # what a checkpoint holds is not written again
+        return {"rate": self.rate}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rate = state["rate"]
 
 
-def compile_training(runner: Runner, images: torch.Tensor) -> None:
-    """Have a runner's training steps call its model through `torch.compile`, or say in one line why that cannot be.
-
-    It is tried, forward and back, with `images` `(batch, 3, height, width)`; what that does to statistics, gradients
-    and random state is undone. A smaller last batch is compiled when it comes.
-    """
-    model, device = runner.model.train(), runner.device
-    before = copy.deepcopy(model.state_dict())
-    compiled, reason = torch.compile(model), None
-    try:
-        # each process tries for itself: one that fails would leave the others waiting for its part of a BatchNorm
-        with distributed.apart(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            runner._logits(compiled, images.to(device)).sum().backward()
-    except Exception as error:  # of compilers, code generators and drivers there is no end of kinds
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-    model.zero_grad()
-    model.load_state_dict(before)
-    if distributed.add_up(reason is not None) == 0:
-        runner.training_model = compiled
-    else:
-        print(f"--compile does not work here, going on without: {reason or 'it failed in another process'}")
+def learning_rate(runner: Runner) -> float:
+    return max(group["lr"] for group in runner.optimizer.param_groups)

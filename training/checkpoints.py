@@ -1,97 +1,88 @@
-"""Checkpoints: what is written so that a run can be taken up again, and how it is stopped and taken up."""
+"""Checkpoints: a run's state, written so that it can be taken up again, and taken up."""
 
-import signal
 import time
 from pathlib import Path
+
+import torch
 
 from runner import Runner
 from support import distributed
 from support.files import CheckpointError, read_file, write_file
 from training.optim import rates_and_decays, set_rates_and_decays
 
-CHANGEABLE = (  # hyperparameters that may differ from the checkpoint's: they do not change what is learned
-    "data_dir",
-    "device",
-    "name",
-    "output_dir",
-    "tensorboard",
-    "resume",
-    "resume_changed",
-    "checkpoint_minutes",
-    "compile",
-)
-DATA = (  # that may not: what was trained on could become what is validated on
-    "dataset",
-    "img_size",
-    "val_fraction",
-    "split_seed",
-    "folds",
-    "fold",
-    "classes",
-    "label_fraction",
-)
+PROGRESS = ("epoch", "batch", "step", "skipped")  # of the Runner's attributes
 
 
 class Checkpoints:
-    """The checkpoint of one run: model, optimiser, schedule, random state, place in the epoch, metrics.
+    """The checkpoint of one run: model, optimiser, schedule, random state, place in the epoch, metrics, callbacks.
+
+    As a callback it is written after every epoch, and every few minutes within one; it has to be the last in the list,
+    so that what the others did in that step is in it.
 
     Args:
         path: the file, which is written anew each time.
         hyperparameters: the run's, by name.
+        minutes: after which one is written within an epoch.
     """
 
-    def __init__(self, path: Path, hyperparameters: dict):
-        self.path, self.hyperparameters = path, hyperparameters
+    def __init__(self, path: Path, hyperparameters: dict, minutes: float = 5.0):
+        self.path, self.hyperparameters, self.minutes = path, hyperparameters, minutes
+        self._written = time.monotonic()
+
+    def step_end(self, runner: Runner) -> None:
+        if time.monotonic() - self._written > 60 * self.minutes:
+            self.write(runner)
+
+    def epoch_end(self, runner: Runner) -> None:
+        self.write(runner)
 
     def write(self, runner: Runner, results: dict | None = None) -> None:
         """All that is needed to go on; `results` are the figures of a run that has ended."""
-        write_file(self.path, {"runner": runner.state_dict(), "config": self.hyperparameters, "results": results})
+        contents = {"runner": runner_state(runner), "config": self.hyperparameters, "results": results}
+        write_file(self.path, contents)
+        self._written = time.monotonic()
 
-    def write_regularly(self, runner: Runner, minutes: float) -> None:
-        """Have the runner write a checkpoint after every epoch, and every few minutes within one."""
-        last = [time.monotonic()]
-
-        def write(runner: Runner) -> None:
-            self.write(runner)
-            last[0] = time.monotonic()
-
-        def write_when_due(runner: Runner) -> None:
-            if time.monotonic() - last[0] > 60 * minutes:
-                write(runner)
-
-        runner.callbacks["step_end"].append(write_when_due)
-        runner.callbacks["epoch_end"].append(write)
-
-    def resume(self, runner: Runner) -> dict | None:
+    def resume(self, runner: Runner, images: set[str], free: set[str], changes_allowed: bool) -> dict | None:
         """Bring the runner to where the checkpoint was written; of a run that has ended return its results instead.
 
+        Args:
+            images: hyperparameters that may never differ from the checkpoint's: what was trained on could become what
+                is validated on.
+            free: those that may always differ, as they change nothing of what is learned.
+            changes_allowed: whether the others may.
+
         Raises:
-            CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters, which
-                only the hyperparameter `resume_changed` allows, and not of those in DATA.
+            CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters.
         """
-        checkpoint = distributed.from_the_first(self._read)
+        checkpoint = distributed.broadcast(self._read)
+        before = checkpoint["config"]
         changed = {
-            name: f"{name} was {before!r} and is {now!r}"
+            name: f"{name} was {before.get(name)!r} and is {now!r}"
             for name, now in self.hyperparameters.items()
-            if (before := checkpoint["config"].get(name)) != now and name not in CHANGEABLE
+            if before.get(name) != now and name not in free
         }
-        if data := [changed[name] for name in DATA if name in changed]:
-            raise CheckpointError(f"{'; '.join(data)}: a run goes on with its images; choose another --name for others")
-        if changed and not self.hyperparameters["resume_changed"]:
+        if other_images := [changed[name] for name in changed if name in images]:
+            raise CheckpointError(
+                f"{'; '.join(other_images)}: a run goes on with its images; choose another --name for others"
+            )
+        if changed and not changes_allowed:
             raise CheckpointError(f"{'; '.join(changed.values())}: --resume_changed goes on with the change")
         if checkpoint["results"] is not None and not changed:
             return checkpoint["results"]
-        if checkpoint["config"].get("optimizer") != self.hyperparameters["optimizer"]:
+        if before.get("optimizer") != self.hyperparameters["optimizer"]:
             raise CheckpointError(f"{self.path} does not fit: it holds the state of another optimizer")
         wanted = rates_and_decays(runner.optimizer)
         try:
-            runner.load_state_dict(checkpoint["runner"])
+            restore_runner(runner, checkpoint["runner"])
+            differ = checkpoint["runner"]["callbacks"].keys() ^ _stateful(runner).keys()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{self.path} does not fit this model: {reason}") from None
         if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold
             set_rates_and_decays(runner.optimizer, runner.scheduler, wanted)
         print(f"resuming after epoch {runner.epoch}, step {runner.step}")
+        if differ:
+            print(f"only on one side, and beginning or ending here: {', '.join(sorted(differ))}")
         return None
 
     def _read(self) -> dict:
@@ -118,18 +109,53 @@ def is_of_interrupted_run(path: Path) -> bool:
         return False
 
 
-def stop_on_signals(runner: Runner) -> list[int]:
-    """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once.
+# ------------------------------------------------------------------------------------------------- a runner's state
 
-    Returns a list that the signal's number is put into.
+
+def runner_state(runner: Runner) -> dict:
+    """All that the rest of the training depends on, as tensors and plain values."""
+    runner.read_steps()
+    return {
+        **{name: part.state_dict() for name, part in _parts(runner).items()},
+        "callbacks": {name: callback.state_dict() for name, callback in _stateful(runner).items()},
+        "metrics": {name: torch.tensor(values, dtype=_dtype(name)) for name, values in runner.metrics.items()},
+        "progress": {name: getattr(runner, name) for name in PROGRESS},
+        "totals": runner.totals,
+        "random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_runner(runner: Runner, state: dict) -> None:
+    """Bring a runner to where `runner_state` was taken: `train` continues in the middle of the epoch, bit for bit. A
+    callback that was not there then begins now.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: the state is not of such a runner.
     """
-    received = []
+    metrics = {name: state["metrics"][name].to(_dtype(name)).flatten().tolist() for name in runner.metrics}
+    for name, part in _parts(runner).items():
+        part.load_state_dict(state[name])
+    for name, callback in _stateful(runner).items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+    runner.metrics = metrics
+    for name in PROGRESS:
+        setattr(runner, name, state["progress"][name])
+    runner.totals = state["totals"].to(runner.device)
+    torch.set_rng_state(state["random_state"])
+    if len(state["cuda_random_state"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_random_state"])
 
-    def stop(number, frame):
-        received.append(number)
-        runner.stop = True
-        signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return received
+def _dtype(metric: str) -> torch.dtype:
+    return torch.int64 if metric.endswith("step") else torch.float64
+
+
+def _parts(runner: Runner) -> dict[str, object]:
+    parts = {"model": runner.model, "optimizer": runner.optimizer, "scaler": runner.scaler}
+    return parts if runner.scheduler is None else {**parts, "scheduler": runner.scheduler}
+
+
+def _stateful(runner: Runner) -> dict[str, object]:
+    return {type(callback).__name__: callback for callback in runner.callbacks if hasattr(callback, "state_dict")}

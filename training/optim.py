@@ -1,92 +1,68 @@
 """Optimisers and learning-rate schedules by name: what the hyperparameters in train.py turn into."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from network import Module, TimmModel, VisionTransformer
+from network import Model
 
-# The peak learning rate and the weight decay of each optimiser where none is given. Adam and SGD add the decay to the
-# gradient, where AdamW and Muon take it off the weights, so that one value cannot serve all.
-DEFAULTS = {"muon": (8e-3, 0.1), "adamw": (2e-3, 0.05), "adam": (2e-3, 0.0), "sgd": (0.1, 5e-4)}
-FINE_TUNING_RATE = 5e-4  # peak rate for AdamW and Adam on timm's published weights, as in BEiT (Bao et al. 2022)
+Groups = list[dict]  # of parameters, as torch's optimisers take them: `params`, `lr`, `weight_decay`
+
+
+def muon(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+    """Muon (Jordan et al. 2024) for the hidden matrices, whose updates it orthogonalises, and AdamW for the rest."""
+    return MuonAndAdamW(matrices, adamw(groups, [], lr)) if matrices else adamw(groups, [], lr)
+
+
+def adamw(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+    """Loshchilov & Hutter 2019."""
+    return AdamW(groups + matrices, lr=lr, fused=True)
+
+
+def adam(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+    """Kingma & Ba 2015; weight decay is added to the gradient."""
+    return Adam(groups + matrices, lr=lr, fused=True)
+
+
+def sgd(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+    """Nesterov momentum 0.9 (Sutskever et al. 2013); weight decay is added to the gradient."""
+    return SGD(groups + matrices, lr=lr, momentum=0.9, nesterov=True)
+
+
+# `--optimizer NAME`. Each is given groups of parameters, the hidden matrices apart, and the learning rate.
+OPTIMIZERS = {"muon": muon, "adamw": adamw, "adam": adam, "sgd": sgd}
 
 
 def build_optimizer(
-    model: Module,
-    name: str = "muon",
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    layer_decay: float = 1.0,
+    model: Model, name: str = "muon", lr: float = 8e-3, weight_decay: float = 0.1, layer_decay: float = 1.0
 ) -> Optimizer:
-    """The optimiser for `model`, with the learning rate and weight decay given or those in DEFAULTS.
+    """The optimiser for `model` by its name in OPTIMIZERS.
 
-    "adam" (Kingma & Ba 2015), "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov momentum 0.9 (Sutskever et al.
-    2013), or "muon" (Jordan et al. 2024), which orthogonalises the updates of the matrices and filters between the
-    first layer and the last, and leaves everything else to AdamW; timm's models get AdamW alone. With none of them are
-    norms, biases, the CLS token and positions decayed. What wants no gradient is left out. The learning rate of each
-    layer is that of the one above it times `layer_decay` (Bao et al. 2022).
+    Norms, biases, the CLS token and positions are not decayed; what wants no gradient is left out. The learning rate of
+    each layer is that of the one above it times `layer_decay` (Bao et al. 2022).
     """
-    if name not in DEFAULTS:
-        raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(DEFAULTS)}")
-    lr, weight_decay = (
-        default if given is None else given for given, default in zip((lr, weight_decay), DEFAULTS[name], strict=True)
-    )
-    hidden = set()
-    if name == "muon" and not isinstance(model, TimmModel):
-        hidden = set([p for p in model.parameters() if p.ndim in (2, 4)][1:-1])
-    spared, scales = undecayed(model), {} if layer_decay == 1 else layer_scales(model, layer_decay)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(OPTIMIZERS)}")
+    hidden = model.hidden_matrices() if name == "muon" else set()
+    undecayed, scales = model.undecayed(), {} if layer_decay == 1 else model.rate_scales(layer_decay)
 
-    def group(parameters: Iterable[nn.Parameter]) -> list[dict]:
+    def group(parameters: Iterable[nn.Parameter]) -> Groups:
         """One group for each pair of decay and rate, the decayed ones and the higher rates first."""
         members = {}
         for p in parameters:
-            members.setdefault((p in spared, scales.get(p, 1.0)), []).append(p)
+            members.setdefault((p in undecayed, scales.get(p, 1.0)), []).append(p)
         return [
-            {"params": members[spare, scale], "lr": scale * lr, "weight_decay": 0.0 if spare else weight_decay}
-            for spare, scale in sorted(members, key=lambda key: (key[0], -key[1]))
+            {"params": members[spared, scale], "lr": scale * lr, "weight_decay": 0.0 if spared else weight_decay}
+            for spared, scale in sorted(members, key=lambda key: (key[0], -key[1]))
         ]
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = group(p for p in trained if p not in hidden)
-    if name == "sgd":
-        return SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    if name == "adam":
-        return Adam(groups, lr=lr, fused=True)
-    adamw = AdamW(groups, lr=lr, fused=True)
-    hidden_groups = group(p for p in trained if p in hidden)
-    return MuonAndAdamW(hidden_groups, adamw) if hidden_groups else adamw
-
-
-def undecayed(model: Module) -> set[nn.Parameter]:
-    """Norms, biases, CLS token and positions, which have no direction that a pull towards zero would help."""
-    if isinstance(model, TimmModel):
-        from timm.optim import param_groups_weight_decay
-
-        names = getattr(model.backbone, "no_weight_decay", set)()
-        groups = param_groups_weight_decay(model.backbone, weight_decay=1.0, no_weight_decay_list=names)
-        return {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    # matrices and convolutions have two and four axes, all else has one or three
-    return {p for p in model.parameters() if p.ndim not in (2, 4)}
-
-
-def layer_scales(model: Module, decay: float) -> dict[nn.Parameter, float]:
-    """What each parameter's learning rate is multiplied with: 1 in the head, `decay` in the layer below, and so on."""
-    if isinstance(model, TimmModel):
-        from timm.optim import param_groups_layer_decay
-
-        groups = param_groups_layer_decay(model.backbone, layer_decay=decay)
-        return {p: group["lr_scale"] for group in groups for p in group["params"]}
-    layers = [[module] for module in model.children() if list(module.parameters())]
-    if isinstance(model, VisionTransformer):
-        *blocks, last = model.blocks
-        layers = [[model.embedding], *([block] for block in blocks), [last, model.norm], [model.head]]
-    depths = enumerate(reversed(layers))
-    return {p: decay**depth for depth, layer in depths for module in layer for p in module.parameters()}
+    others, matrices = group(p for p in trained if p not in hidden), group(p for p in trained if p in hidden)
+    return OPTIMIZERS[name](others, matrices, lr)
 
 
 class MuonAndAdamW(Optimizer):
@@ -138,46 +114,47 @@ class MuonAndAdamW(Optimizer):
         self._share_groups()
 
 
-SCHEDULES = ("cosine", "constant", "linear", "step", "one_cycle")
-
-
-def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: str = "cosine") -> LambdaLR:
-    """The learning rate over `steps` steps, as a factor on its peak; one call a step.
-
-    It rises linearly over the fraction `warmup` of all steps, and then
-    - "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017),
-    - "linear": falls to zero along a line,
-    - "step": is cut to a tenth at half and at three quarters of all steps (He et al. 2016),
-    - "constant": stays.
-    "one_cycle" (Smith & Topin 2019) rises from a 25th and then falls to nearly zero, both along half a cosine; the
-    momentum is left alone.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
-    warmup_steps = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if name == "one_cycle":
-            peak = warmup_steps - 1
-            if step < peak:
-                return half_cosine(1 / 25, 1, step / peak)
-            return half_cosine(1, 1 / 25e4, min(1, (step - peak) / max(1, steps - 1 - peak)))
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-        if name == "cosine":
-            return half_cosine(1, 0, progress)
-        if name == "linear":
-            return max(0.0, 1 - progress)
-        if name == "step":
-            return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
-        return 1.0
-
-    return LambdaLR(optimizer, factor)
+# ---------------------------------------------------------------------------------------------------------- schedules
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_factor(step: int, steps: int, progress: float) -> float:
+    """A tenth after half and again after three quarters of all steps (He et al. 2016)."""
+    return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+
+
+# `--schedule NAME`: the factor on the peak rate after warm-up, from the number of the step, of all steps, and the
+# progress from 0 at the end of warm-up to 1. "one_cycle", whose warm-up differs too, is below.
+SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
+    "cosine": lambda step, steps, progress: half_cosine(1, 0, progress),  # Loshchilov & Hutter 2017
+    "constant": lambda step, steps, progress: 1.0,
+    "linear": lambda step, steps, progress: max(0.0, 1 - progress),
+    "step": step_factor,
+    "one_cycle": lambda step, steps, progress: half_cosine(1, 1 / 25e4, min(1, progress)),  # Smith & Topin 2019
+}
+
+
+def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: str = "cosine") -> LambdaLR:
+    """The learning rate over `steps` optimiser steps, as a factor on its peak; one call a step.
+
+    It rises linearly over the fraction `warmup` of all steps, and then follows the entry of SCHEDULES. "one_cycle"
+    rises from a 25th of the peak, along half a cosine; the momentum is left alone.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
+    warmup_steps = max(1, round(warmup * steps))
+    # one_cycle reaches its peak and its end a step earlier
+    first, last = (warmup_steps - 1, steps - 1) if name == "one_cycle" else (warmup_steps, steps)
+
+    def factor(step: int) -> float:
+        if step < first:
+            return half_cosine(1 / 25, 1, step / first) if name == "one_cycle" else (step + 1) / first
+        return SCHEDULES[name](step, steps, (step - first) / max(1, last - first))
+
+    return LambdaLR(optimizer, factor)
 
 
 def rates_and_decays(optimizer: Optimizer) -> list[tuple[float, float]]:

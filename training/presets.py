@@ -1,0 +1,45 @@
+"""Presets: `python train.py --preset NAME` puts these in the place of train.py's defaults; flags go before both."""
+
+PRESETS = {
+    "default": {},
+    # above 60 % after one epoch
+    "quick": {
+        "epochs": 1,
+        "tokenizer": "conv",
+        "patch_size": 8,
+        "num_blocks": 2,
+        "mlp_ratio": 2.0,
+        "batch_size": 64,
+        "lr": 8e-3,
+        "label_smoothing": 0.0,
+    },
+    # a deep convolutional tokenizer down to 4x4 tokens, wide blocks; 2.2 million parameters
+    "accurate": {
+        "epochs": 26,
+        "tokenizer": "conv",
+        "tokenizer_depth": 2,
+        "patch_size": 8,
+        "hidden_size": 256,
+        "num_heads": 8,
+        "num_blocks": 2,
+        "mlp_ratio": 2.0,
+        "lr": 6e-3,
+        "weight_decay": 0.05,
+        "precision": "bf16",
+    },
+    # the same with fewer than 300,000 parameters, and long enough to make up for it
+    "small": {
+        "epochs": 150,
+        "augment": "random_erasing",
+        "tokenizer": "conv",
+        "tokenizer_depth": 2,
+        "patch_size": 8,
+        "hidden_size": 96,
+        "num_heads": 3,
+        "num_blocks": 2,
+        "mlp_ratio": 1.5,
+        "lr": 6e-3,
+        "weight_decay": 0.05,
+        "precision": "bf16",
+    },
+}
