@@ -58,7 +58,7 @@ class Runner:
         verbose: print a line for each epoch.
 
     `metrics` holds the lists `train_loss`, `train_accuracy`, `train_step`, with an entry for every optimiser step, and
-    `val_loss`, `val_accuracy`, `val_step`, with one for every validation: averages over images, accuracies as fractions.
+    `val_loss`, `val_accuracy`, `val_step`, with one for every validation: averages over images; accuracy is a fraction.
     `eval_model` is what `test` uses, `training_model` what training steps call: `model`, or its average, or compiled.
     """
 
@@ -113,7 +113,8 @@ class Runner:
         self._call("train_start")
         while self.epoch < self.total_epochs and not self.should_stop():
             self.model.train()
-            self.totals *= self.batch > 0  # a new epoch begins at zero, one that is taken up again goes on
+            if self.batch == 0:
+                self.totals.zero_()
             for images, labels in self._remaining_batches(train_loader):
                 self._call("step_start")
                 self.train_step(*self._to_device(images, labels))
@@ -138,10 +139,9 @@ class Runner:
         totals = self.add_gradients(images, labels)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
-        if self.scaler.is_enabled():  # it looks for infinite gradients itself, and leaves such steps out
-            norm = torch.zeros_like(norm)
+        # fp16's scaler looks for infinite gradients itself, and leaves such steps out
+        norm = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
         self._unread.append((self.step + 1, torch.cat([totals, norm[None]])))
-        # an accelerator would have to wait: there, what is not finite may be noticed only later
         read_now = self.skip_nonfinite or self.device.type == "cpu" or len(self._unread) >= READ_EVERY
         if not read_now or self.read_steps():
             self.totals += totals
@@ -212,8 +212,8 @@ class Runner:
     def _record(self, part: str, loss: float, accuracy: float, step: int, norm: float = 0.0) -> None:
         if not math.isfinite(loss + norm):
             raise NonFiniteLoss(
-                f"{part} loss {loss}, gradient norm {norm} at step {step} (epoch {self.epoch + 1}; {self.skipped} skipped "
-                f"before; the last losses were {self.metrics['train_loss'][-3:]}). Likely causes: a learning rate too "
+                f"{part} loss {loss}, gradient norm {norm} at step {step} (epoch {self.epoch + 1}); {self.skipped} "
+                f"steps skipped, last losses {self.metrics['train_loss'][-3:]}. Likely causes: a learning rate too "
                 "high, a warm-up too short, broken images or labels. --skip_nonfinite steps over single bad batches"
             )
         for what, value in (("loss", loss), ("accuracy", accuracy), ("step", step)):
@@ -224,7 +224,6 @@ class Runner:
             getattr(callback, event, lambda runner: None)(self)
 
     def _to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        # a GPU is given what lies in pinned memory without waiting
         return [tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in tensors]
 
     def _remaining_batches(self, loader: Iterable) -> Iterable:

@@ -146,6 +146,23 @@ def draw_progress(
     return figure
 
 
+@torch.no_grad()
+def plot_progress(runner, loader, path: str | Path | None = None, classes: list[str] | None = None, title: str = ""):
+    """`draw_progress` of a Runner and of the first images of `loader`; the model's mode is left as it was."""
+    images, labels = next(iter(loader))
+    model = runner.eval_model
+    was_training = model.training
+    model.eval()
+    probabilities = model(images[:6].to(runner.device)).softmax(dim=1).cpu()
+    model.train(was_training)
+    if classes is None:
+        classes = [str(label) for label in range(probabilities.shape[1])]
+    pixels = to_pixels(images[:6].cpu(), getattr(loader, "mean", None), getattr(loader, "std", None))
+    return draw_progress(
+        runner.metrics, pixels, labels[:6].cpu(), probabilities, classes, title, path, total_steps=runner.total_steps
+    )
+
+
 def draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str]) -> None:
     """Horizontal bars from the top down, each with its class on the left and its percentage on the right."""
     rows = range(len(indices))
