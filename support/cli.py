@@ -59,8 +59,14 @@ def parse(
 
 
 def command() -> list[str]:
-    """What was called: `train.py`, or `-m` and a module's name; then the flags."""
+    """What was called, wherever it lies: `train.py`, or `-m` and a module's name; then the flags."""
     return _program + _args
+
+
+def again() -> list[str]:
+    """What repeats the call from the same folder: the script as it was typed, then the flags."""
+    typed = Path(sys.argv[0])
+    return [str(typed) if typed.name == _program[-1] else _program[-1], *_args]
 
 
 class _Parser(argparse.ArgumentParser):

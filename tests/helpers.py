@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from images.loader import Dataset, Split
 from network import Model
+from training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # the smallest ViT on digits; its name is MODEL
@@ -53,8 +55,9 @@ def outcome(script: str, *args) -> tuple[int, str]:
 
 
 def train_small(output_dir: Path, *args) -> Model:
-    """One epoch of train.py without pictures of training; returns the trained model."""
-    run_main("train.py", *SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), output_dir, *args)
+    """One epoch of train.py without pictures; returns the trained model."""
+    with mock.patch.object(Run, "draw_pictures", return_value=[]):
+        run_main("train.py", *SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), output_dir, *args)
     (report,) = (output_dir / "saved").glob("*.json")
     return Model.load(report.with_suffix(".pt"))
 

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,80 +16,21 @@ import pytest
 import torch
 import torch.nn as nn
 from filelock import FileLock
+from helpers import MODEL, SMALL, contents, refused, run_main, same_weights, start, train_small
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import setup_cifar
 import train
-from network import CNN, FeedForward, Module, VisionTransformer
+from network import CNN, FeedForward, Model, VisionTransformer
 from support import cli
 from support.files import read_file
-from training import optim
 from training.checkpoints import Checkpoints
+from training.optim import OPTIMIZERS, SCHEDULES
+from training.presets import PRESETS
+from training.run import Run, check
 
-TRAIN = Path(train.__file__)
-SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --batch_size 200".split()
-MODEL = "VisionTransformer_digits"
 FIELDS = {field.name: field.default for field in dataclasses.fields(train.Config)}
-
-# ------------------------------------------------------------------------------------------------------ helpers
-
-
-def start(*args, **options):
-    """`python train.py` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        **options,
-    )
-
-
-def run_main(*args):
-    """The same in this process, which saves importing torch."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with mock.patch.object(sys, "argv", ["train.py", *args]):
-            train.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def quick(output_dir, *args):
-    """One epoch without pictures; returns the trained model."""
-    with mock.patch.object(train, "draw_pictures", return_value=[]):
-        run_main(*SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), str(output_dir), *args)
-    (report,) = (output_dir / "saved").glob("*.json")
-    return Module.load(report.with_suffix(".pt"))
-
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def contents(folder):
-    """Every file and folder below `folder`, with what is in it."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@contextlib.contextmanager
-def refused(capfd, folder, *words):
-    """Exit code 2, one line on stderr that has all `words`, and nothing written into `folder`."""
-    before = contents(folder)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        yield
-    complaint = capfd.readouterr().err
-    assert stop.value.code == 2
-    assert complaint.startswith("train.py: error: ")
-    assert complaint.count("\n") == 1
-    assert not [word for word in words if word not in complaint], complaint
-    assert contents(folder) == before
-
 
 # ---------------------------------------------------------------------------------------------- a run, end to end
 
@@ -101,7 +40,7 @@ def finished(tmp_path_factory):
     """A run of two epochs: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     output = folder / "new" / "folder"
-    process = start(*SMALL, *"--epochs 2 --gif_frames 5 --output_dir".split(), str(output), cwd=folder)
+    process = start("train.py", *SMALL, *"--epochs 2 --gif_frames 5 --output_dir".split(), str(output), cwd=folder)
     printed, complaints = process.communicate(timeout=120)
     assert process.returncode == 0, complaints
     assert [path.name for path in folder.iterdir()] == ["new"]
@@ -138,7 +77,7 @@ def test_reported_accuracy_is_that_of_the_saved_model(finished, digits):
 
 def test_the_model_file_carries_what_is_needed_to_use_it(finished, digits):
     metadata = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt").metadata
-    names = {"dataset": "digits", "source": "digits", "classes": digits.classes}
+    names = {"dataset": "digits", "source": "digits", "classes": digits.classes, "image_size": 32}
     assert metadata == {**names, "mean": digits.mean, "std": digits.std}
 
 
@@ -179,7 +118,7 @@ def test_gif_options_and_names_of_cifar10(tmp_path, digits):
     data = dataclasses.replace(digits, name="cifar10")
     with mock.patch.object(train, "load_data", return_value=data):
         options = "--epochs 1 --gif_frames 3 --gif_frame_duration 120 --output_dir"
-        run_main(*SMALL, *options.split(), str(tmp_path))
+        run_main("train.py", *SMALL, *options.split(), str(tmp_path))
     for name in ("saved/VisionTransformer.pt", "figures/attention_maps.png", "animation_vit.gif"):
         assert (tmp_path / name).exists()
     with Image.open(tmp_path / "animation_vit.gif") as gif:
@@ -190,13 +129,13 @@ def test_gif_options_and_names_of_cifar10(tmp_path, digits):
 
 def test_same_seed_same_weights_bit_for_bit_in_another_process(finished, tmp_path):
     model = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt")
-    assert same_weights(quick(tmp_path, "--epochs", "2"), model)
+    assert same_weights(train_small(tmp_path, "--epochs", "2"), model)
 
 
 def test_the_test_images_decide_nothing(finished, tmp_path, digits):
     blank = setup_cifar.Split(torch.zeros_like(digits.test.images), torch.zeros_like(digits.test.labels))
     with mock.patch.object(train, "load_data", return_value=dataclasses.replace(digits, test=blank)):
-        model = quick(tmp_path, "--epochs", "2")
+        model = train_small(tmp_path, "--epochs", "2")
     assert same_weights(model, VisionTransformer.load(finished.output / f"saved/{MODEL}.pt"))
     report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
     assert report["metrics"] == finished.report["metrics"]
@@ -204,7 +143,7 @@ def test_the_test_images_decide_nothing(finished, tmp_path, digits):
 
 
 def test_auto_without_cifar10_says_digits_everywhere(tmp_path, capsys):
-    model = quick(tmp_path, "--dataset", "auto", "--data_dir", str(tmp_path / "empty"))
+    model = train_small(tmp_path, "--dataset", "auto", "--data_dir", str(tmp_path / "empty"))
     captured = capsys.readouterr()
     assert "NOT CIFAR-10" in captured.err
     assert "VisionTransformer on digits" in captured.out
@@ -217,13 +156,13 @@ def test_auto_without_cifar10_says_digits_everywhere(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return quick(tmp_path_factory.mktemp("plain"))
+    return train_small(tmp_path_factory.mktemp("plain"))
 
 
 CHANGES_THE_WEIGHTS = {
     "val_fraction": "0.3",
     "split_seed": "1",
-    "folds": "4",
+    "fold": "1/4",
     "classes": "1,2,3",
     "label_fraction": "0.9",
     "augment": "none",
@@ -253,7 +192,6 @@ CHANGES_THE_WEIGHTS = {
 }
 TESTED_ELSEWHERE = {
     "compile",
-    "fold",
     "init_from",
     "pretrained",
     "pretrained_file",
@@ -280,10 +218,8 @@ TESTED_ELSEWHERE = {
 
 
 def typed(name, value):
-    """The flag's text as the field holds it; what has no default is a number, but for the classes' names."""
-    if FIELDS[name] is None:
-        return value if name == "classes" else float(value)
-    return type(FIELDS[name])(value)
+    """The flag's text as the field holds it."""
+    return value if FIELDS[name] is None else type(FIELDS[name])(value)
 
 
 def test_every_flag_is_tested():
@@ -295,7 +231,7 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     value = CHANGES_THE_WEIGHTS[name]
     plain.save(tmp_path / "plain.pt")
     start = ["--init_from", str(tmp_path / "plain.pt")] if name == "freeze" else []  # of which there must be something
-    model = quick(tmp_path, f"--{name}", value, *start)
+    model = train_small(tmp_path, f"--{name}", value, *start)
     assert not same_weights(model, plain)
     parsed = typed(name, value)
     assert model.config.get(name, parsed) == parsed
@@ -304,15 +240,15 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
 
 
 def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
-    model = quick(tmp_path, *"--tokenizer conv --tokenizer_depth 2".split())
+    model = train_small(tmp_path, *"--tokenizer conv --tokenizer_depth 2".split())
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 6  # three halvings to patches of 8
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam", "sgd"])
 def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_says_so(tmp_path, plain, name):
-    model = quick(tmp_path, "--optimizer", name)
+    model = train_small(tmp_path, "--optimizer", name)
     config = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]
-    assert (config["lr"], config["weight_decay"]) == optim.DEFAULTS[name]
+    assert {key: config[key] for key in ("lr", "weight_decay")} == train.RATES[name]
     assert same_weights(model, plain) == (name == "muon")
 
 
@@ -325,27 +261,30 @@ def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_
     ],
 )
 def test_model_flag_chooses_class_and_name(tmp_path, model, cls, config):
-    trained = quick(tmp_path, "--model", model)
+    trained = train_small(tmp_path, "--model", model)
     assert type(trained) is cls
     assert config.items() <= trained.config.items()
     assert (tmp_path / "saved" / f"{cls.__name__}_digits.pt").exists()
 
 
 def test_models_without_attention_draw_their_other_pictures(tmp_path):
-    run_main(*SMALL, *"--model cnn --epochs 1 --gif_frames 2 --output_dir".split(), str(tmp_path))
+    run_main("train.py", *SMALL, *"--model cnn --epochs 1 --gif_frames 2 --output_dir".split(), str(tmp_path))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"CNN_digits_curves.png"}
     assert (tmp_path / "animation_cnn_digits.gif").exists()
 
 
 def test_precision_is_chosen_by_device(tmp_path, plain):
-    assert same_weights(quick(tmp_path, "--precision", "fp32"), plain)  # that of a CPU
+    assert same_weights(train_small(tmp_path, "--precision", "fp32"), plain)  # that of a CPU
     assert json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]["precision"] == "fp32"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_is_that_of_the_plain_model_and_saved_like_it(tmp_path, capfd):
     options = "--model mlp --optimizer sgd --drop_path 0.1".split()
-    plain, compiled = quick(tmp_path / "plain", *options), quick(tmp_path / "compiled", *options, "--compile")
+    plain, compiled = (
+        train_small(tmp_path / "plain", *options),
+        train_small(tmp_path / "compiled", *options, "--compile"),
+    )
     assert "--compile does not work" not in capfd.readouterr().out
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     for name, weights in plain.state_dict().items():
@@ -356,17 +295,17 @@ def test_without_a_compiler_training_goes_on_as_without_the_flag_and_says_why(tm
     from torch._inductor import config
 
     options = "--tokenizer conv --drop_path 0.5".split()  # BatchNorm's statistics and chance must not notice
-    plain = quick(tmp_path / "plain", *options)
+    plain = train_small(tmp_path / "plain", *options)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
     with config.patch({"cpp.cxx": (None, "no_such_compiler"), "force_disable_caches": True}):
-        assert same_weights(quick(tmp_path / "compiled", *options, "--compile"), plain)
+        assert same_weights(train_small(tmp_path / "compiled", *options, "--compile"), plain)
     lines = [line for line in capfd.readouterr().out.splitlines() if "--compile" in line]
     assert len(lines) == 1 and "no_such_compiler" in lines[0]
 
 
 def test_name_flag_names_the_files(tmp_path, plain):
-    assert same_weights(quick(tmp_path, "--name", "mine"), plain)
+    assert same_weights(train_small(tmp_path, "--name", "mine"), plain)
     assert {path.name for path in (tmp_path / "saved").iterdir()} - {"mine.lock"} == {
         "mine.pt",
         "mine.json",
@@ -375,17 +314,17 @@ def test_name_flag_names_the_files(tmp_path, plain):
 
 
 def test_device_flag_names_the_device(tmp_path, capsys, plain):
-    assert same_weights(quick(tmp_path, "--device", "cpu"), plain)
+    assert same_weights(train_small(tmp_path, "--device", "cpu"), plain)
     assert "on cpu" in capsys.readouterr().out
 
 
 def test_checkpoints_are_written_as_often_as_asked(tmp_path):
     steps = []
     with mock.patch.object(Checkpoints, "write", lambda checkpoints, runner, *results: steps.append(runner.step)):
-        quick(tmp_path / "rarely")
+        train_small(tmp_path / "rarely")
         assert steps == [6, 6]  # after the epoch, and with the results
         steps.clear()
-        quick(tmp_path / "often", "--checkpoint_minutes", "1e-9")
+        train_small(tmp_path / "often", "--checkpoint_minutes", "1e-9")
         assert steps == [1, 2, 3, 4, 5, 6, 6, 6]
 
 
@@ -401,34 +340,58 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.parse(train.Config, ["--help"])
     assert stop.value.code == 0
-    text = " ".join(re.sub(r"[│╭╰╮╯─]", " ", capsys.readouterr().out).split())
+    text = " ".join(capsys.readouterr().out.split())
     for name, default in FIELDS.items():
-        flag = f"--{'no-' if default is True else ''}{name.replace('_', '-')} "
-        after = text[text.index(f" {flag}") :]
-        assert f"(default: {default})" == re.search(r"\(default: [^)]*\)", after).group(0), name
-        assert len(after[: after.index("(default")]) > len(flag) + 15, f"{name} is not explained"
+        explained = re.search(rf" --{name} (.*?)(?= --\w|$)", text).group(1)
+        assert len(explained) > 30, f"{name} is not explained"
+        if default not in (None, False):
+            assert f"(default: {default})" in explained, name
+    titles = [text.index(f" {title}: --") for title in ("data", "model", "optimisation", "the run")]
+    assert titles == sorted(titles)  # in the order of the source, what concerns the run last
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
-    changed = train.PRESETS[name]
-    config = cli.parse(train.Config, [f"--preset={name}", "--num-heads", "2"], train.PRESETS)
+    changed = PRESETS[name]
+    config = cli.parse(train.Config, [f"--preset={name}", "--num-heads", "2"], train.dependent_defaults)
     for field, default in FIELDS.items():
         expected = {"preset": name, "num_heads": 2}.get(field, changed.get(field, default))
         assert getattr(config, field) == expected
-    train.use_defaults(config)
-    train.check(config)
+    check(config)
+
+
+@pytest.mark.parametrize(
+    "flags, lr, weight_decay",
+    [
+        ("", 8e-3, 0.1),
+        ("--lr 0.01", 0.01, 0.1),
+        ("--optimizer sgd", 0.1, 5e-4),
+        ("--optimizer adamw --lr 8e-3", 8e-3, 0.05),  # given, though it is the default
+        ("--preset accurate --weight_decay 0.1", 6e-3, 0.1),
+        ("--model timm:resnet18", 2e-3, 0.05),
+        ("--model timm:resnet18 --pretrained", 5e-4, 0.05),
+    ],
+)
+def test_rate_and_decay_are_the_optimisers_unless_they_are_given(flags, lr, weight_decay):
+    config = cli.parse(train.Config, flags.split(), train.dependent_defaults)
+    assert (config.lr, config.weight_decay) == (lr, weight_decay)
 
 
 def test_presets_name_fields_and_are_all_offered():
-    assert get_args(get_type_hints(train.Config)["preset"]) == tuple(train.PRESETS)
-    assert all(changed.keys() <= FIELDS.keys() for changed in train.PRESETS.values())
+    assert get_args(get_type_hints(train.Config)["preset"]) == tuple(PRESETS)
+    assert all(changed.keys() <= FIELDS.keys() for changed in PRESETS.values())
+
+
+def test_optimizers_and_schedules_are_all_offered_and_have_their_rates():
+    hints = get_type_hints(train.Config)
+    assert get_args(hints["optimizer"]) == tuple(OPTIMIZERS) == tuple(train.RATES)
+    assert get_args(hints["schedule"]) == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize("args", [["--preset", "huge"], ["--preset"]])
 def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(train.Config, args, train.PRESETS)
+        cli.parse(train.Config, args, train.dependent_defaults)
     complaint = capsys.readouterr().err
     assert stop.value.code == 2 and complaint.count("\n") == 1 and "preset" in complaint
 
@@ -496,20 +459,27 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--seed 99999999999999999999", "seed"),
         ("--seed 99999999999999", "seed"),
         ("--device tpu", "tpu cuda mps"),
-        ("--name a/b", "name a/b"),
+        ("--name a//b", "name a//b"),
+        ("--name /tmp/b", "name /tmp/b"),
+        ("--name ../b", "name ../b"),
         ("--name ..", "name .."),
+        ("--fold 1", "fold 1 0/5"),
+        ("--fold 5/5", "fold 4 5"),
+        ("--epoch 2", "--epoch mean --epochs"),
+        ("--model my_model.py:MyNet", "my_model.py:MyNet no file"),
+        ("--model timm:resnet18 --optimizer muon", "muon adamw timm"),
         ("--resume", "VisionTransformer_digits.checkpoint --resume"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch, capfd, args, words):
     monkeypatch.chdir(tmp_path)
     with refused(capfd, tmp_path, *words.split()):
-        run_main(*SMALL, "--epochs", "1", *args.split())
+        run_main("train.py", *SMALL, "--epochs", "1", *args.split())
 
 
 @pytest.mark.parametrize("args", ["--model resnet", "--dataset digits --num_heads 5"])
 def test_bad_flags_end_the_process_with_code_2_and_one_line(tmp_path, args):
-    process = start(*args.split(), cwd=tmp_path)
+    process = start("train.py", *args.split(), cwd=tmp_path)
     printed, complaint = process.communicate(timeout=60)
     assert process.returncode == 2
     assert complaint.startswith("train.py: error: ")
@@ -526,17 +496,17 @@ def test_damaged_data_files_are_named_with_what_to_do(tmp_path, monkeypatch, cap
     for name in setup_cifar.CIFAR["cifar10"].files:
         (folder / name).write_bytes(b"truncated")
     with refused(capfd, tmp_path, "data_batch_1", "damaged", "delete it"):
-        run_main("--dataset", dataset, "--data_dir", "elsewhere")
+        run_main("train.py", "--dataset", dataset, "--data_dir", "elsewhere")
     (folder / "data_batch_2").unlink()
     with refused(capfd, tmp_path, "lacks data_batch_2"):
-        run_main("--dataset", dataset, "--data_dir", "elsewhere")
+        run_main("train.py", "--dataset", dataset, "--data_dir", "elsewhere")
 
 
 def test_cifar10_that_cannot_be_had_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     with refused(capfd, tmp_path, "could not be downloaded", "DATA_DIR", "--dataset digits"):
-        run_main("--dataset", "cifar10")
+        run_main("train.py", "--dataset", "cifar10")
 
 
 @pytest.mark.parametrize("output_dir", ["file", "file/folder"])
@@ -544,7 +514,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
     with refused(capfd, tmp_path, "cannot write", str(Path(output_dir) / "saved")):
-        run_main("--dataset", "digits", "--output_dir", output_dir)
+        run_main("train.py", "--dataset", "digits", "--output_dir", output_dir)
 
 
 def test_two_runs_of_one_name_do_not_mix(tmp_path, monkeypatch, capfd):
@@ -552,7 +522,7 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path, monkeypatch, capfd):
     (tmp_path / "saved").mkdir()
     (tmp_path / "figures").mkdir()
     with FileLock(tmp_path / "saved" / f"{MODEL}.lock"), refused(capfd, tmp_path, MODEL, "--name"):
-        run_main("--dataset", "digits")
+        run_main("train.py", "--dataset", "digits")
 
 
 # ------------------------------------------------------------------------- non-finite losses, Ctrl-C, taking up again
@@ -574,18 +544,18 @@ def test_a_non_finite_loss_ends_the_run_unless_it_may_be_skipped(tmp_path, capsy
 
     with mock.patch.object(train, "build_model", build_model):
         with pytest.raises(SystemExit) as stop:
-            quick(tmp_path / "stops")
+            train_small(tmp_path / "stops")
         assert stop.value.code == 1
         assert re.search(r"train.py: error: .* at step 2 .*learning rate", capsys.readouterr().err)
         assert not (tmp_path / "stops" / f"saved/{MODEL}.pt").exists()
-        model = quick(tmp_path / "skips", "--skip_nonfinite")
+        model = train_small(tmp_path / "skips", "--skip_nonfinite")
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_ctrl_c_before_training_ends_cleanly_too(tmp_path, capfd):
     with mock.patch.object(train, "load_data", side_effect=KeyboardInterrupt):
         with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
-            quick(tmp_path)
+            train_small(tmp_path)
     assert stop.type is SystemExit
     assert stop.value.code == 130
     assert contents(tmp_path) == {}
@@ -600,7 +570,7 @@ def interrupted(tmp_path_factory):
     if os.name == "nt":
         pytest.skip("sends SIGINT")
     folder = tmp_path_factory.mktemp("interrupted")
-    process = start(*LONG, cwd=folder)
+    process = start("train.py", *LONG, cwd=folder)
     printed = ""
     while "epoch   1/12" not in printed:
         line = process.stdout.readline()
@@ -636,19 +606,19 @@ def resume(interrupted, folder, monkeypatch, *args):
 
 def test_resume_continues_to_the_weights_of_an_uninterrupted_run(interrupted, tmp_path, monkeypatch, capsys):
     args = resume(interrupted, tmp_path, monkeypatch)
-    run_main(*args)
+    run_main("train.py", *args)
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
-    run_main(*LONG)
+    run_main("train.py", *LONG)
     resumed, whole = (folder / "out" / "saved" / MODEL for folder in (tmp_path, tmp_path / "whole"))
-    assert same_weights(*(Module.load(path.with_suffix(".pt")) for path in (resumed, whole)))
+    assert same_weights(*(Model.load(path.with_suffix(".pt")) for path in (resumed, whole)))
     reports = [json.loads(path.with_suffix(".json").read_text()) for path in (resumed, whole)]
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert reports[0]["results"]["test_loss"] == reports[1]["results"]["test_loss"]
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     before = contents(tmp_path / "out")
-    run_main(*args)
+    run_main("train.py", *args)
     assert "this run has finished" in capsys.readouterr().out
     assert contents(tmp_path / "out") == before
 
@@ -656,14 +626,14 @@ def test_resume_continues_to_the_weights_of_an_uninterrupted_run(interrupted, tm
 def test_resume_with_other_hyperparameters_is_refused_by_name(interrupted, tmp_path, monkeypatch, capfd):
     args = resume(interrupted, tmp_path, monkeypatch)
     with refused(capfd, tmp_path, "lr", "0.5", "--resume_changed"):
-        run_main(*args, "--lr", "0.5")
-    for flag, value in (("split_seed", "7"), ("folds", "3"), ("label_fraction", "0.5")):
+        run_main("train.py", *args, "--lr", "0.5")
+    for flag, value in (("split_seed", "7"), ("fold", "0/3"), ("label_fraction", "0.5")):
         with refused(capfd, tmp_path, flag, "goes on with its images"):  # which may be validated on then
-            run_main(*args, f"--{flag}", value, "--batch_size", "50", "--resume_changed")
+            run_main("train.py", *args, f"--{flag}", value, "--batch_size", "50", "--resume_changed")
     with refused(capfd, tmp_path, "does not fit", "optimizer"):  # its state is another's, even where it would load
-        run_main(*args, "--optimizer", "adamw", "--resume_changed")
-    with mock.patch.object(train, "draw_pictures", return_value=[]):
-        run_main(*args, *"--weight_decay 0.5 --schedule linear --resume_changed".split())
+        run_main("train.py", *args, "--optimizer", "adamw", "--resume_changed")
+    with mock.patch.object(Run, "draw_pictures", return_value=[]):
+        run_main("train.py", *args, *"--weight_decay 0.5 --schedule linear --resume_changed".split())
     assert (tmp_path / "out" / "saved" / f"{MODEL}.pt").exists()
 
 
@@ -672,7 +642,7 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, tmp_path, monkeyp
     saved = tmp_path / "out" / "saved"
     (saved / f"{MODEL}.checkpoint").rename(saved / "mine.checkpoint")
     with refused(capfd, tmp_path, "mine.checkpoint", "does not fit"):
-        run_main(*args)
+        run_main("train.py", *args)
 
 
 @pytest.mark.parametrize(
@@ -685,20 +655,20 @@ def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, monkeypatch, cap
     path = tmp_path / "out" / "saved" / f"{MODEL}.checkpoint"
     path.write_bytes(damage(path.read_bytes()))
     with refused(capfd, tmp_path, path.name):
-        run_main(*args)
+        run_main("train.py", *args)
 
 
 def test_a_model_file_is_no_checkpoint(interrupted, tmp_path, monkeypatch, capfd):
     args = resume(interrupted, tmp_path, monkeypatch)
     CNN().save(tmp_path / "out" / "saved" / f"{MODEL}.checkpoint")
     with refused(capfd, tmp_path, "is not a checkpoint"):
-        run_main(*args)
+        run_main("train.py", *args)
 
 
 def test_a_checkpoint_with_code_is_refused_in_one_line_and_does_not_run(interrupted, tmp_path, monkeypatch, trap):
     args = resume(interrupted, tmp_path, monkeypatch)
     (tmp_path / "out" / "saved" / f"{MODEL}.checkpoint").write_bytes(pickle.dumps(trap))
-    process = start(*args)
+    process = start("train.py", *args)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 2
     assert complaint.startswith("train.py: error: ")
@@ -711,11 +681,12 @@ def test_the_first_signal_stops_the_runner_and_the_second_the_program(number):
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     runner = SimpleNamespace(stop=False)
     try:
-        received = train.stop_on_signals(runner)
+        run = Run(train.Config())
+        run.stop_on_signals(runner)
         assert not runner.stop
         signal.raise_signal(number)
         assert runner.stop
-        assert received == [number]
+        assert run.signals == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         for each, handler in handlers.items():

@@ -17,8 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from images.augment import import_torchvision
-from network import MODELS, Model
+from network import MODELS, Model, read_model
 from support import cli
+from support.files import CheckpointError
 
 
 def find_model(name: str) -> type[nn.Module]:
@@ -123,6 +124,21 @@ class OwnModel(Model):
         return [[child] for child in self.module.children() if list(child.parameters())]
 
 
+def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Model:
+    """The model in a file, in eval mode on the CPU; of a class of your own where that is given.
+
+    Raises:
+        CheckpointError: no usable file, or one with a model of another class.
+    """
+    if own_class is None:
+        return Model.load(path)
+    contents = read_model(path)
+    name = contents["config"].get("name") if contents["model"] == OwnModel.__name__ else contents["model"]
+    if contents["model"] != OwnModel.__name__ or name != own_class.__name__:
+        raise CheckpointError(f"{path} holds a {name}, not a {own_class.__name__} of your own")
+    return OwnModel(**contents["config"], cls=own_class).fill(contents, path)
+
+
 # ------------------------------------------------------------------------------------------------- timm's models
 
 
@@ -213,10 +229,7 @@ def start_from(model: Model, path: str | Path) -> dict:
         CheckpointError: the file cannot be used.
         ValueError: it holds a model of another class or of other sizes.
     """
-    from training.trained import load_model
-
-    own = type(model.module) if isinstance(model, OwnModel) else None
-    source = load_model(path, own_class=own)
+    source = load_file(path, type(model.module) if isinstance(model, OwnModel) else None)
     if type(source) is not type(model) or source.title != model.title:
         raise ValueError(f"{path} holds a {source.title}, which cannot start a {model.title}")
     mine, theirs = (m.config.get("arguments", m.config) for m in (model, source))

@@ -150,7 +150,7 @@ class Run:
                 for path in (self.paths.best, self.paths.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
         distributed.seed_rank(self.config.seed, runner.step)
-        self._stop_on_signals(runner)
+        self.stop_on_signals(runner)
         self.training = True
         return True
 
@@ -159,7 +159,7 @@ class Run:
         if self.first:
             runner.eval_model.save(self.paths.best, **self.data.metadata)
 
-    def _stop_on_signals(self, runner: Runner) -> None:
+    def stop_on_signals(self, runner: Runner) -> None:
         """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once."""
 
         def stop(number, frame):
@@ -178,7 +178,7 @@ class Run:
         if self.first:
             self.checkpoints.write(runner)
         distributed.barrier()
-        command = shlex.join(distributed.launcher() + cli.command() + ([] if self.config.resume else ["--resume"]))
+        command = shlex.join(distributed.launcher() + cli.again() + ([] if self.config.resume else ["--resume"]))
         self.progress.close()
         print(f"\ninterrupted after step {runner.step}; to go on: {command}")
         raise SystemExit(128 + number)
@@ -216,14 +216,14 @@ class Run:
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
         }
         write_json(self.paths.report, report)
-        written = [self.paths.model, self.paths.report, *self._draw_pictures(runner)]
+        written = [self.paths.model, self.paths.report, *self.draw_pictures(runner)]
         print("wrote " + ", ".join(str(path) for path in written))
         self.checkpoints.write(runner, results)
         shutil.rmtree(self.paths.frames, ignore_errors=True)  # only now: a run killed before this needs them again
         tested = f"{self.data.name}, {len(self.data.test):,} images"
         print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({tested})")
 
-    def _draw_pictures(self, runner: Runner) -> list[Path]:
+    def draw_pictures(self, runner: Runner) -> list[Path]:
         """Training curves, the GIF and, for a ViT, attention maps; returns what was written."""
         paths, config = self.paths, self.config
         utils.draw_curves(runner.metrics, paths.curves, self.title)

@@ -4,40 +4,25 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 from images.loader import ImageLoader
-from network import Model, read_model
+from network import Model
 from setup_cifar import load_data
 from support.files import CheckpointError
-from training.models import OwnModel, import_class
+from training.models import import_class, load_file
 
 
-def load_model(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    model: str | None = None,
-    own_class: type[nn.Module] | None = None,
-) -> Model:
+def load_model(path: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Model:
     """A model of any class in eval mode, whose metadata says what it was trained on.
 
     Args:
         model: where the class of a model of your own lies, `my_model.py:MyNet`; of other models nothing is said.
-        own_class: ... or the class itself.
 
     Raises:
         CheckpointError: no usable file, one of another class, or one without the metadata that train.py writes.
     """
-    own_class = import_class(model) if model else own_class
-    if own_class is None:
-        loaded = Model.load(path, device)
-    else:
-        contents = read_model(path)
-        name = contents["config"].get("name") if contents["model"] == "OwnModel" else contents["model"]
-        if name != own_class.__name__ or contents["model"] != "OwnModel":
-            raise CheckpointError(f"{path} holds a {name}, not a {own_class.__name__} of your own")
-        loaded = OwnModel(**contents["config"], cls=own_class).fill(contents, path).to(device)
+    loaded = load_file(path, import_class(model) if model else None).to(device)
     missing = [name for name in ("dataset", "classes", "mean", "std") if name not in loaded.metadata]
     if missing:
         raise CheckpointError(f"{path} does not say what the model was trained on: no {', '.join(missing)} in it")
