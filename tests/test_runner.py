@@ -1,30 +1,25 @@
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import batches, noise, same_weights
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from network import CNN, FeedForward, VisionTransformer
-from runner import NonFiniteLoss, Runner, choose_device, choose_precision
+from runner import NonFiniteLoss, Runner, choose_device
 from support.files import read_file, write_file
-from training.optim import DEFAULTS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
+from training.callbacks import Clock, ProgressBar
+from training.checkpoints import restore_runner, runner_state
+from training.optim import OPTIMIZERS, SCHEDULES, MuonAndAdamW, build_optimizer, build_schedule
+from training.run import choose_precision
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
-
-
-def noise(n=10, seed=0):
-    """Images of noise in 3 classes."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
-
-
-def batches(n=10, batch_size=4, seed=0):
-    return DataLoader(TensorDataset(*noise(n, seed)), batch_size)
 
 
 def still_runner(**options):
@@ -54,20 +49,22 @@ def vit_runner(data, optimizer="muon", seed=0, epochs=3, batch_size=300, augment
     optimizer = build_optimizer(model, optimizer, 3e-3)
     schedule = build_schedule(optimizer, epochs * len(loader))
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    runner = Runner(model, optimizer, criterion, "cpu", schedule, nn.CrossEntropyLoss(), log_every=3)
+    runner = Runner(model, optimizer, criterion, "cpu", schedule, nn.CrossEntropyLoss())
     return runner, loader, data.loader("val", 200)
+
+
+class Calls:
+    """A callback made of functions of the runner: `Calls(step_end=function)`."""
+
+    def __init__(self, **functions):
+        vars(self).update(functions)
 
 
 def stop_at(step):
     def stop(runner):
         runner.stop = runner.step == step
 
-    return stop
-
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return Calls(step_end=stop)
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -78,21 +75,39 @@ def test_metrics_are_averages_over_images_not_batches():
     images, labels = noise()
     metrics = runner.train(batches(), batches(), epochs=1)
     loss, accuracy = by_hand(runner.model, images, labels)
-    for split in ("train", "val"):
-        assert metrics[f"{split}_loss"] == [loss]
-        assert metrics[f"{split}_accuracy"] == [accuracy]
-    over_batches = sum(by_hand(runner.model, *batch)[0].expected for batch in batches()) / 3
+    assert (metrics["val_loss"], metrics["val_accuracy"]) == ([loss], [accuracy])
+    summed, correct, count = runner.totals.tolist()  # of the epoch in training
+    assert (summed / count, correct / count) == (loss, accuracy)
+    over_batches = sum(metrics["train_loss"]) / 3
     assert over_batches != loss  # the last batch is smaller, so a mistake would show
 
 
-def test_training_metrics_are_of_the_images_since_the_entry_before():
-    runner = still_runner(log_every=2)
+def test_training_metrics_have_an_entry_for_every_step_of_its_own_images():
+    runner = still_runner()
     images, labels = noise()
     metrics = runner.train(batches(), epochs=2)
-    assert metrics["train_step"] == [2, 4, 6]  # every second step, also across the end of an epoch
-    parts = [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
-    expected = [by_hand(runner.model, images[part], labels[part]) for part in parts]
-    assert list(zip(metrics["train_loss"], metrics["train_accuracy"], strict=True)) == expected
+    assert metrics["train_step"] == [1, 2, 3, 4, 5, 6]
+    expected = [by_hand(runner.model, images[part], labels[part]) for part in (slice(4), slice(4, 8), slice(8, 10))]
+    assert list(zip(metrics["train_loss"], metrics["train_accuracy"], strict=True)) == 2 * expected
+
+
+def test_where_reading_makes_an_accelerator_wait_the_same_metrics_are_read_later(digits, monkeypatch):
+    """Here a CPU is taken for an accelerator: steps are read a few at a time."""
+    metrics = []
+    for device in ("cpu", "accelerator"):
+        runner, train_loader, val_loader = vit_runner(digits, batch_size=100)
+        reads, read = [], runner.read_steps
+        if device == "accelerator":
+            monkeypatch.setattr("runner.READ_EVERY", 5)
+            runner.device = SimpleNamespace(type="cpu_that_waits")
+            runner.logits = lambda model, images: model(images)
+            runner._to_device = lambda *tensors: tensors
+            runner.test = lambda loader: (0.0, 0.0)
+        runner.read_steps = lambda reads=reads, read=read: reads.append(1) or read()
+        runner.train(train_loader, val_loader, epochs=1)
+        metrics.append({name: values for name, values in runner.metrics.items() if name.startswith("train")})
+        assert len(reads) == (13 if device == "cpu" else 3)  # of 12 steps
+    assert metrics[0] == metrics[1] and metrics[0]["train_step"] == list(range(1, 13))
 
 
 def test_metrics_are_the_six_lists():
@@ -100,8 +115,8 @@ def test_metrics_are_the_six_lists():
     assert runner.metrics == {name: [] for name in METRICS}
     assert runner.train(batches(), batches(6), epochs=2) is runner.metrics
     assert runner.metrics["val_step"] == [3, 6]
-    assert runner.metrics["train_step"] == [6]  # the last step
-    assert all(len(values) == (2 if name.startswith("val") else 1) for name, values in runner.metrics.items())
+    assert runner.metrics["train_step"] == [1, 2, 3, 4, 5, 6]
+    assert all(len(values) == (2 if name.startswith("val") else 6) for name, values in runner.metrics.items())
 
 
 def test_without_a_validation_loader_there_are_no_validation_metrics():
@@ -119,7 +134,7 @@ def test_test_gives_loss_and_accuracy():
 
 def test_label_smoothing_is_for_training_alone():
     runner = still_runner(criterion=nn.CrossEntropyLoss(label_smoothing=0.2), eval_criterion=nn.CrossEntropyLoss())
-    metrics = runner.train(batches(), batches(), epochs=1)
+    metrics = runner.train(batches(10, 10), batches(), epochs=1)
     assert metrics["train_loss"] == [by_hand(runner.model, *noise(), smoothing=0.2)[0]]
     assert metrics["val_loss"] == [by_hand(runner.model, *noise())[0]]
     assert runner.test(batches())[0] == metrics["val_loss"][0]
@@ -134,7 +149,7 @@ def test_empty_loaders_are_value_errors():
     nothing = DataLoader(TensorDataset(*noise(3)), batch_size=4, drop_last=True)
     with pytest.raises(ValueError, match="no images"):
         still_runner().test(nothing)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="0 batches"):
         still_runner().train(nothing, epochs=1)
 
 
@@ -157,7 +172,7 @@ def test_gradients_added_up_are_those_of_the_larger_batch(digits, augment):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         schedule = build_schedule(optimizer, 8)
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-        runner = Runner(model, optimizer, criterion, "cpu", schedule, log_every=1, grad_clip=0.5, grad_accum=grad_accum)
+        runner = Runner(model, optimizer, criterion, "cpu", schedule, grad_clip=0.5, grad_accum=grad_accum)
         loader = digits.loader("train", 150, shuffle=True, augment=augment)
         loader.scale, loader.shift = loader.scale.double(), loader.shift.double()
         runner.train(loader, epochs=1)
@@ -173,7 +188,7 @@ def test_modes_are_right_in_training_validation_and_plots():
     runner = still_runner()
     modes = []
     runner.model.register_forward_hook(lambda model, *_: modes.append(model.training))
-    runner.callbacks["epoch_end"].append(lambda runner: runner.plot(batches()))
+    runner.callbacks.append(Calls(epoch_end=lambda runner: runner.plot(batches())))
     runner.train(batches(), batches(6), epochs=2)
     assert modes == 2 * ([True] * 3 + [False] * 2 + [False])
     assert runner.model.training
@@ -226,6 +241,8 @@ def test_a_plain_data_loader_trains_as_well(digits):
 
 def test_progress_says_what_users_want_to_know(digits, capsys):
     runner, train_loader, val_loader = vit_runner(digits)
+    clock = Clock()
+    runner.callbacks, runner.verbose = [clock, ProgressBar(clock)], False
     runner.train(train_loader, val_loader, epochs=2)
     captured = capsys.readouterr()
     lines = captured.out.strip().splitlines()
@@ -263,7 +280,7 @@ def test_labels_in_training_may_be_probabilities():
     runner = still_runner()
     images, labels = noise(50)
     targets = 0.7 * F.one_hot(labels, 3) + 0.3 * F.one_hot(labels.roll(1), 3)
-    metrics = runner.train(DataLoader(TensorDataset(images, targets), batch_size=4), epochs=1)
+    metrics = runner.train(DataLoader(TensorDataset(images, targets), batch_size=50), epochs=1)
     log_p = runner.model(images).detach().double().log_softmax(dim=1)
     assert metrics["train_loss"] == [pytest.approx(-(targets * log_p).sum(dim=1).mean().item(), rel=1e-5)]
     assert metrics["train_accuracy"] == [by_hand(runner.model, images, labels)[1]]
@@ -275,17 +292,20 @@ def test_labels_in_training_may_be_probabilities():
 def test_callbacks_are_called_once_for_each_thing_they_wait_for():
     runner = still_runner()
     calls = []
-    for event, callbacks in runner.callbacks.items():
-        callbacks.append(lambda r, event=event: calls.append((event, r.step, len(r.metrics["val_loss"]))))
+    for event in ("train_start", "step_start", "step_end", "epoch_end"):  # each in an object that has nothing else
+        call = lambda r, event=event: calls.append((event, r.step, len(r.metrics["val_loss"])))  # noqa: E731
+        runner.callbacks.append(Calls(**{event: call}))
     runner.train(batches(), batches(), epochs=2)
-    steps = [("step_end", step, step > 3) for step in range(1, 7)]
-    assert calls == [("train_start", 0, 0), *steps[:3], ("epoch_end", 3, 1), *steps[3:], ("epoch_end", 6, 2)]
+    steps = [
+        (event, step + (event == "step_end"), step > 2) for step in range(6) for event in ("step_start", "step_end")
+    ]
+    assert calls == [("train_start", 0, 0), *steps[:6], ("epoch_end", 3, 1), *steps[6:], ("epoch_end", 6, 2)]
 
 
 @pytest.mark.parametrize("step, epoch, batch, validations", [(1, 0, 1, 0), (3, 1, 0, 1), (5, 1, 2, 1)])
 def test_stop_ends_training_after_the_step(step, epoch, batch, validations):
     runner = still_runner()
-    runner.callbacks["step_end"].append(stop_at(step))
+    runner.callbacks.append(stop_at(step))
     runner.train(batches(), batches(), epochs=4)
     assert (runner.step, runner.epoch, runner.batch) == (step, epoch, batch)
     assert len(runner.metrics["val_loss"]) == validations
@@ -293,13 +313,13 @@ def test_stop_ends_training_after_the_step(step, epoch, batch, validations):
 
 def test_training_goes_on_after_a_stop_or_an_end():
     runner = still_runner()
-    runner.callbacks["step_end"].append(stop_at(5))
+    runner.callbacks.append(stop_at(5))
     runner.train(batches(), batches(), epochs=2)
     runner.train(batches(), batches(), epochs=1)  # the rest of the second epoch
     assert (runner.step, runner.epoch, runner.total_steps) == (6, 2, 6)
     runner.train(batches(), batches(), epochs=1)
     assert runner.metrics["val_step"] == [3, 6, 9]
-    assert runner.metrics["train_loss"][1] == pytest.approx(runner.metrics["train_loss"][0])  # of the whole epoch
+    assert runner.metrics["train_loss"][6:] == pytest.approx(runner.metrics["train_loss"][:3])
 
 
 # ------------------------------------------------------------------------------------------------ non-finite losses
@@ -326,8 +346,10 @@ def test_non_finite_batches_can_be_skipped_and_counted():
     metrics = runner.train(batches(), epochs=1)
     assert runner.skipped == 1
     assert runner.step == 3
-    images, labels = (torch.cat([values[:4], values[8:]]) for values in noise())
-    assert metrics["train_loss"] == [by_hand(runner.model, images, labels)[0]]
+    assert metrics["train_step"] == [1, 3]
+    first, last = (slice(4), slice(8, 10))
+    images, labels = noise()
+    assert metrics["train_loss"] == [by_hand(runner.model, images[part], labels[part])[0] for part in (first, last)]
     assert all(p.isfinite().all() for p in runner.model.parameters())
 
 
@@ -395,15 +417,15 @@ def uninterrupted(request, digits):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path, uninterrupted, step):
     optimizer, augment, whole = uninterrupted
     first, train_loader, val_loader = vit_runner(digits, optimizer, augment=augment, tokenizer="conv")
-    first.callbacks["step_end"].append(stop_at(step))
+    first.callbacks.append(stop_at(step))
     first.train(train_loader, val_loader, epochs=3)
     assert first.step == step
-    write_file(tmp_path / "checkpoint", first.state_dict())
+    write_file(tmp_path / "checkpoint", runner_state(first))
 
     second, _, val_loader = vit_runner(digits, optimizer, seed=9, tokenizer="conv")
     _, train_loader, _ = vit_runner(digits, optimizer, augment=augment)
     torch.manual_seed(9)
-    second.load_state_dict(read_file(tmp_path / "checkpoint"))
+    restore_runner(second, read_file(tmp_path / "checkpoint"))
     assert not same_weights(second.model, whole.model)
     second.train(train_loader, val_loader, epochs=3 - second.epoch)
     assert second.metrics == whole.metrics
@@ -415,10 +437,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path
 
 
 def test_a_checkpoint_of_another_model_is_refused(digits):
-    state = vit_runner(digits)[0].state_dict()
+    state = runner_state(vit_runner(digits)[0])
     runner = vit_runner(digits, num_blocks=1)[0]
     with pytest.raises(RuntimeError):
-        runner.load_state_dict(state)
+        restore_runner(runner, state)
 
 
 # --------------------------------------------------------------------------------------------------------- devices
@@ -509,7 +531,7 @@ def test_schedule_of_short_trainings(name, steps, warmup):
 def test_runner_steps_the_schedule_once_for_each_step(digits):
     runner, train_loader, _ = vit_runner(digits, epochs=1)
     lr = []
-    runner.callbacks["step_end"].append(lambda runner: lr.append(runner.optimizer.param_groups[-1]["lr"]))
+    runner.callbacks.append(Calls(step_end=lambda runner: lr.append(runner.optimizer.param_groups[-1]["lr"])))
     runner.train(train_loader, epochs=1)
     assert lr == pytest.approx([0.003 * 0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(4)])
 
@@ -530,7 +552,7 @@ def matrices_of(model):
     }
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tokenizer", ["patch", "conv"])
 def test_norms_biases_cls_token_and_positions_are_not_decayed(name, tokenizer):
     model = VisionTransformer(num_blocks=2, tokenizer=tokenizer)
@@ -546,7 +568,7 @@ def test_norms_biases_cls_token_and_positions_are_not_decayed(name, tokenizer):
 
 def test_every_parameter_is_in_one_group():
     for model in (VisionTransformer(), CNN(), FeedForward()):
-        for name in DEFAULTS:
+        for name in OPTIMIZERS:
             params = [id(p) for group in build_optimizer(model, name).param_groups for p in group["params"]]
             assert sorted(params) == sorted(id(p) for p in model.parameters())
 
