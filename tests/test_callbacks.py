@@ -4,13 +4,14 @@ import json
 import pytest
 import torch
 import torch.nn as nn
-from test_runner import noise, same_weights, stop_at, vit_runner
-from test_train import MODEL, quick
+from helpers import MODEL, noise, same_weights, train_small
+from test_runner import Calls, stop_at, vit_runner
 
-from network import FeedForward, Module
+from network import FeedForward, Model
 from runner import Runner
 from support.files import read_file, write_file
 from training.callbacks import EarlyStopping, WeightAverage
+from training.checkpoints import restore_runner, runner_state
 
 # ------------------------------------------------------------------------------------------------- averaged weights
 
@@ -22,15 +23,14 @@ def weights_after_each_step(runner):
     def remember(runner):
         history.append(copy.deepcopy(runner.model.state_dict()))
 
-    runner.callbacks["train_start"].append(remember)
-    runner.callbacks["step_end"].append(remember)
+    runner.callbacks.append(Calls(train_start=remember, step_end=remember))
     return history
 
 
 @pytest.mark.parametrize("tokenizer", ["patch", "conv"])
 def test_the_average_is_the_exponential_one_of_weights_and_buffers(digits, tokenizer):
     runner, train_loader, val_loader = vit_runner(digits, tokenizer=tokenizer)
-    WeightAverage(runner, 0.5)
+    runner.callbacks.append(WeightAverage(runner, 0.5))
     history = weights_after_each_step(runner)
     runner.train(train_loader, val_loader, epochs=3)
     assert len(history) == 13
@@ -51,7 +51,7 @@ def test_validation_and_test_are_of_the_average_and_training_is_not_touched(digi
     plain, train_loader, val_loader = vit_runner(digits)
     plain.train(train_loader, val_loader, epochs=2)
     runner, train_loader, val_loader = vit_runner(digits)
-    WeightAverage(runner, 0.9)
+    runner.callbacks.append(WeightAverage(runner, 0.9))
     runner.train(train_loader, val_loader, epochs=2)
     assert same_weights(runner.model, plain.model)
     assert not same_weights(runner.eval_model, plain.model)
@@ -66,16 +66,16 @@ def test_validation_and_test_are_of_the_average_and_training_is_not_touched(digi
 
 def test_an_average_taken_up_again_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(digits, tmp_path):
     whole, train_loader, val_loader = vit_runner(digits, tokenizer="conv")
-    WeightAverage(whole, 0.99)
+    whole.callbacks.append(WeightAverage(whole, 0.99))
     whole.train(train_loader, val_loader, epochs=3)
     first, train_loader, val_loader = vit_runner(digits, tokenizer="conv")
-    WeightAverage(first, 0.99)
-    first.callbacks["step_end"].append(stop_at(6))
+    first.callbacks.append(WeightAverage(first, 0.99))
+    first.callbacks.append(stop_at(6))
     first.train(train_loader, val_loader, epochs=3)
-    write_file(tmp_path / "state", first.state_dict())
+    write_file(tmp_path / "state", runner_state(first))
     second, train_loader, val_loader = vit_runner(digits, seed=1, tokenizer="conv")
-    WeightAverage(second, 0.99)
-    second.load_state_dict(read_file(tmp_path / "state"))
+    second.callbacks.append(WeightAverage(second, 0.99))
+    restore_runner(second, read_file(tmp_path / "state"))
     train_loader.seed = 0
     second.train(train_loader, val_loader, epochs=3 - second.epoch)
     assert same_weights(second.eval_model, whole.eval_model)
@@ -86,11 +86,11 @@ def test_an_average_that_begins_in_a_resumed_run_begins_with_its_weights(digits)
     first, train_loader, val_loader = vit_runner(digits)
     first.train(train_loader, val_loader, epochs=1)
     second, train_loader, val_loader = vit_runner(digits, seed=1)
-    WeightAverage(second, 0.999)
-    second.load_state_dict(first.state_dict())
-    second.callbacks["step_end"].append(stop_at(4))
+    second.callbacks.append(WeightAverage(second, 0.999))
+    restore_runner(second, runner_state(first))
+    second.callbacks.append(stop_at(4))
     at_start = []
-    second.callbacks["train_start"].append(lambda runner: at_start.append(copy.deepcopy(runner.eval_model)))
+    second.callbacks.append(Calls(train_start=lambda runner: at_start.append(copy.deepcopy(runner.eval_model))))
     second.train(train_loader, val_loader, epochs=1)
     assert same_weights(at_start[0], first.model)
 
@@ -107,9 +107,10 @@ class ScriptedRunner(Runner):
         super().__init__(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), "cpu")
         self.script = list(zip(losses, accuracies or [0.5] * len(losses), strict=True))
         self.history = {}
-        self.callbacks["epoch_end"].append(lambda _: self.history.update({self.epoch: copy.deepcopy(self.model)}))
+        remember = lambda _: self.history.update({self.epoch: copy.deepcopy(self.model)})  # noqa: E731
+        self.callbacks.append(Calls(epoch_end=remember))
 
-    def test(self, loader, description=""):
+    def test(self, loader):
         return self.script[self.epoch]
 
     def train_on_noise(self):
@@ -134,7 +135,8 @@ def test_training_stops_after_patience_and_the_best_weights_are_used(
 ):
     runner = ScriptedRunner(*([losses] if quantity == "loss" else [losses[::-1], losses]))
     saved = []
-    stopping = EarlyStopping(runner, quantity, patience, min_improvement, on_best=lambda r: saved.append(r.epoch))
+    stopping = EarlyStopping(quantity, patience, min_improvement, on_best=lambda r: saved.append(r.epoch))
+    runner.callbacks.append(stopping)
     assert runner.train_on_noise() == epochs
     assert stopping.epoch == saved[-1] == best
     last = copy.deepcopy(runner.model)
@@ -147,13 +149,14 @@ def test_training_stops_after_patience_and_the_best_weights_are_used(
 def test_stopping_taken_up_again_is_the_same(interrupted, tmp_path):
     losses = [3, 2, 2.5, 1, 4, 5, 6, 0]
     runner = ScriptedRunner(losses)
-    EarlyStopping(runner, "loss", 2)
-    runner.callbacks["epoch_end"].append(lambda runner: setattr(runner, "stop", runner.epoch == interrupted))
+    runner.callbacks.append(EarlyStopping("loss", 2))
+    runner.callbacks.append(Calls(epoch_end=lambda runner: setattr(runner, "stop", runner.epoch == interrupted)))
     runner.train_on_noise()
-    write_file(tmp_path / "state", runner.state_dict())
+    write_file(tmp_path / "state", runner_state(runner))
     resumed = ScriptedRunner(losses)
-    stopping = EarlyStopping(resumed, "loss", 2)
-    resumed.load_state_dict(read_file(tmp_path / "state"))
+    stopping = EarlyStopping("loss", 2)
+    resumed.callbacks.append(stopping)
+    restore_runner(resumed, read_file(tmp_path / "state"))
     assert resumed.train_on_noise() == 6  # also if it was interrupted when it had just been told to stop
     assert stopping.epoch == 4
     stopping.use_best(resumed)
@@ -164,12 +167,13 @@ def test_another_quantity_or_stopping_itself_can_begin_in_a_resumed_run():
     for before in (None, "accuracy"):
         runner = ScriptedRunner([3, 2, 3, 3, 3], [0.1, 0.2, 0.3, 0.4, 0.5])
         if before:
-            EarlyStopping(runner, before, 2)
-        runner.callbacks["epoch_end"].append(lambda runner: setattr(runner, "stop", runner.epoch == 2))
+            runner.callbacks.append(EarlyStopping(before, 2))
+        runner.callbacks.append(Calls(epoch_end=lambda runner: setattr(runner, "stop", runner.epoch == 2)))
         runner.train_on_noise()
         resumed = ScriptedRunner([3, 2, 3, 3, 3], [0.1, 0.2, 0.3, 0.4, 0.5])
-        stopping = EarlyStopping(resumed, "loss", 1)
-        resumed.load_state_dict(runner.state_dict())
+        stopping = EarlyStopping("loss", 1)
+        resumed.callbacks.append(stopping)
+        restore_runner(resumed, runner_state(runner))
         assert resumed.train_on_noise() == 4
         assert stopping.epoch == 3
 
@@ -178,20 +182,19 @@ def test_another_quantity_or_stopping_itself_can_begin_in_a_resumed_run():
 
 
 def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, digits):
-    flags = (
-        "--epochs 9 --lr 0.0001 --patience 2 --monitor accuracy --min_improvement 0.5 --ema 0.5"  # too slow for that
-    )
-    quick(tmp_path, *flags.split())
+    # it learns too slowly to improve by a half
+    flags = "--epochs 9 --lr 0.0001 --patience 2 --monitor accuracy --min_improvement 0.5 --ema 0.5"
+    train_small(tmp_path, *flags.split())
     report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
     results, accuracies = report["results"], report["metrics"]["val_accuracy"]
     assert (results["epochs"], len(accuracies), results["tested_epoch"]) == (3, 3, 1)
     assert results["val_accuracy"] == accuracies[0] != accuracies[2]
-    tested, best, last = (Module.load(tmp_path / "saved" / f"{MODEL}{kind}.pt") for kind in ("", ".best", ".last"))
+    tested, best, last = (Model.load(tmp_path / "saved" / f"{MODEL}{kind}.pt") for kind in ("", ".best", ".last"))
     assert same_weights(tested, best) and not same_weights(tested, last)
     assert tested.metadata == best.metadata == last.metadata == digits.metadata
     for model, accuracy in ((tested, results["val_accuracy"]), (last, accuracies[-1])):
         with torch.no_grad():
             right = [(model(x).argmax(dim=1) == y).float() for x, y in digits.loader("val", 500)]
         assert torch.cat(right).mean().item() == pytest.approx(accuracy)
-    quick(tmp_path)
+    train_small(tmp_path)
     assert {path.name for path in (tmp_path / "saved").glob("*.pt")} == {f"{MODEL}.pt"}

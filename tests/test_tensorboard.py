@@ -4,11 +4,11 @@ import copy
 import sys
 
 import pytest
-from test_robustness import run_main
-from test_runner import same_weights, stop_at, vit_runner
-from test_train import MODEL, quick
+from helpers import MODEL, outcome, same_weights, train_small
+from test_runner import Calls, stop_at, vit_runner
 
 from training.callbacks import TensorBoard
+from training.checkpoints import restore_runner, runner_state
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
@@ -25,22 +25,24 @@ def read(folder):
 def logged(folder, digits, state=None):
     """A runner after two epochs, or the rest of them from `state` on, that wrote to `folder`."""
     runner, train_loader, val_loader = vit_runner(digits, epochs=2)
-    TensorBoard(runner, folder, val_loader, digits.classes)
+    used = []  # the rate that each step was made with
+    runner.callbacks.append(Calls(step_start=lambda runner: used.append(runner.optimizer.param_groups[0]["lr"])))
+    runner.callbacks.append(TensorBoard(folder, val_loader, digits.classes))
     if state:
-        runner.load_state_dict(state)
+        restore_runner(runner, state)
     runner.train(train_loader, val_loader, epochs=2 - runner.epoch)
-    return runner
+    return runner, used
 
 
-def assert_written(folder, runner):
+def assert_written(folder, runner, used):
     scalars, pictures = read(folder)
     for split in ("train", "val"):
         for quantity in ("loss", "accuracy"):
             steps, values = zip(*scalars[f"{quantity}/{split}"], strict=True)
             assert list(steps) == runner.metrics[f"{split}_step"]
             assert list(values) == pytest.approx(runner.metrics[f"{split}_{quantity}"])
-    rates = [rate for _, rate in scalars["learning_rate"]]
-    assert 0 <= rates[-1] < rates[0] <= 0.003
+    assert [step for step, _ in scalars["learning_rate"]] == runner.metrics["train_step"]
+    assert [rate for _, rate in scalars["learning_rate"]][-len(used) :] == pytest.approx(used)
     assert {tag: [step for step, _ in entries] for tag, entries in pictures.items()} == {
         "progress": runner.metrics["val_step"],
         "attention": runner.metrics["val_step"],
@@ -49,8 +51,8 @@ def assert_written(folder, runner):
 
 
 def test_it_holds_what_the_runner_measured_and_training_is_not_touched(tmp_path, digits):
-    runner = logged(tmp_path, digits)
-    assert_written(tmp_path, runner)
+    runner, used = logged(tmp_path, digits)
+    assert_written(tmp_path, runner, used)
     plain, train_loader, val_loader = vit_runner(digits, epochs=2)
     plain.train(train_loader, val_loader, epochs=2)
     assert same_weights(plain.model, runner.model) and plain.metrics == runner.metrics
@@ -63,23 +65,23 @@ def test_a_resumed_run_goes_on_in_the_same_curves_without_what_was_lost(tmp_path
         writer.add_scalar("loss/val", 9.0, 99)
     state = {}
     first, train_loader, val_loader = vit_runner(digits, epochs=2)
-    TensorBoard(first, tmp_path, val_loader, digits.classes)
-    first.callbacks[event].append(lambda runner: runner.step == 4 and state.update(copy.deepcopy(runner.state_dict())))
-    first.callbacks["step_end"].append(stop_at(7))
+    first.callbacks.append(TensorBoard(tmp_path, val_loader, digits.classes))
+    save = lambda runner: runner.step == 4 and state.update(copy.deepcopy(runner_state(runner)))  # noqa: E731
+    first.callbacks += [Calls(**{event: save}), stop_at(7)]
     first.train(train_loader, val_loader, epochs=2)
-    assert_written(tmp_path, logged(tmp_path, digits, state=state))
+    assert_written(tmp_path, *logged(tmp_path, digits, state=state))
 
 
 def test_the_flag_writes_to_runs_and_only_the_flag(tmp_path):
-    quick(tmp_path / "with", "--tensorboard")
+    train_small(tmp_path / "with", "--tensorboard")
     scalars, _ = read(tmp_path / "with" / "runs" / MODEL)
     assert len(scalars["loss/val"]) == 1
-    quick(tmp_path / "without")
+    train_small(tmp_path / "without")
     assert not (tmp_path / "without" / "runs").exists()
 
 
 def test_without_tensorboard_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    code, errors = run_main(monkeypatch, tmp_path, "--batch_size", "8", "--tensorboard")
+    code, errors = outcome("train.py", *"--dataset digits --tensorboard --output_dir".split(), tmp_path)
     assert code == 2 and "pip install tensorboard" in errors and len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
