@@ -1,6 +1,6 @@
 """Proof that nothing is lost: kill train.py again and again, resume it each time, and compare with a run left alone.
 
-    python tests/crash_test.py --kills 25       # or: make crash-test
+    python -m tests.crash_test --kills 25       # or: make crash-test
 
 Every other kill waits until a checkpoint is being written. At the end weights, metrics, test figures and the GIF must
 be equal to those of the uninterrupted run, bit for bit.

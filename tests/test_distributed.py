@@ -15,22 +15,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import psutil
 import pytest
 import torch
+from helpers import MODEL, ROOT
 
-import train
-from network import Module
+from network import Model
 from runner import choose_device
 from support import distributed
 from support.files import read_file
 
-TRAIN = Path(train.__file__)
-MODEL = "VisionTransformer_digits"
+TRAIN = ROOT / "train.py"
 SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --precision fp32".split()
 SGD = "--optimizer sgd --lr 0.05 --epochs 2"
 RUNS = {  # 1150 images: of 191 the last batch has 4, of 1149 it has one, which leaves nothing for a second process
@@ -49,40 +47,32 @@ DEVICES = [
 # Several runs of train.py in the same processes, which saves starting them; {rank} in a flag is the process's number.
 # A run may also be told to send one process a signal, or to spoil its images, at a step.
 WORKER = """
-import json, math, signal, sys
+import contextlib, json, math, signal, sys
 sys.path.insert(0, {folder!r})
-import distributed, runner, train
+import train
 from runner import Runner
+from support import distributed
+from training.run import Run
 
 fault = None
-take_step = Runner._train_step
+take_step = Runner.train_step
 
-def train_step(self, images, labels, *args):
+def train_step(self, images, labels):
     if fault and (self.step, distributed.rank()) == (fault[1], distributed.world_size() - 1):
         if fault[0] == "signal":
             signal.raise_signal(signal.SIGINT)
         else:
             images = images * math.nan
-    return take_step(self, images, labels, *args)
+    return take_step(self, images, labels)
 
-progress_bar = runner._progress_bar
-
-def eager_bar(*args):
-    bar = progress_bar(*args)
-    bar.mininterval = 0  # drawn at every step, however quick
-    return bar
-
-runner._progress_bar = eager_bar
-draw_pictures = train.draw_pictures  # where there is a GIF alone, to save time
-train.draw_pictures = lambda runner, data, config, *more: (
-    draw_pictures(runner, data, config, *more) if config.gif_frames else []
-)
-Runner._train_step = train_step
+draw_pictures = Run.draw_pictures  # where there is a GIF alone, to save time
+Run.draw_pictures = lambda self, runner: draw_pictures(self, runner) if self.config.gif_frames else []
+Runner.train_step = train_step
 with distributed.processes():
+    distributed.processes = contextlib.nullcontext  # one group for all runs
     for args, fault in json.loads(sys.argv[1]):
-        sys.argv[:] = ["train.py"] + [arg.replace("{{rank}}", str(distributed.rank())) for arg in args]
         try:
-            train.main()
+            train.main([arg.replace("{{rank}}", str(distributed.rank())) for arg in args])
         except SystemExit as stop:
             if fault is None or fault[0] != "signal":
                 raise
@@ -121,7 +111,7 @@ def run(folder, count, runs):
 
 def results(folder):
     """Report and model of the run that wrote into `folder`."""
-    return json.loads((folder / f"saved/{MODEL}.json").read_text()), Module.load(folder / f"saved/{MODEL}.pt")
+    return json.loads((folder / f"saved/{MODEL}.json").read_text()), Model.load(folder / f"saved/{MODEL}.pt")
 
 
 def curves(report):
@@ -329,7 +319,7 @@ def test_apart_no_process_waits_for_another():
         with mock.patch.object(torch.distributed, "get_world_size", return_value=3):
             assert distributed.world_size() == 3
             with distributed.apart():
-                assert distributed.world_size() == 1 and distributed.add_up(5) == 5
+                assert distributed.world_size() == 1 and distributed.all_reduce(5) == 5
             assert distributed.world_size() == 3
 
 

@@ -1,60 +1,39 @@
 """Nothing is lost and nothing half-written is left: damaged files, failing disks, kills, and any hyperparameters."""
 
 import builtins
-import contextlib
 import errno
 import io
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import crash_test
 import psutil
 import pytest
 import torch
 from filelock import FileLock
+from helpers import outcome, start, tiny_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from network import Module, VisionTransformer
+from images.loader import Dataset
+from network import Model, VisionTransformer
 from runner import Runner
-from setup_cifar import Dataset, Split
 from support import files
-from training.callbacks import draw_frames
+from training.callbacks import Frames
 from training.checkpoints import Checkpoints
+from training.run import Run
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def tiny_dataset(images: int = 16, size: int = 32) -> Dataset:
-    torch.manual_seed(0)
-
-    def split(n: int) -> Split:
-        return Split(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.randint(0, 10, (n,)))
-
-    return Dataset("digits", [str(i) for i in range(10)], split(images), split(8), split(8), flip=False)
+NAME = "VisionTransformer_digits"
 
 
-def run_main(monkeypatch, folder: Path, *flags: str, data: Dataset | None = None) -> tuple[int, str]:
-    """train.py in this process on a tiny data set; exit code and stderr without progress bars."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(folder), "--gif_frames", "0", *flags])
-    monkeypatch.setattr(train, "load_data", lambda *_: data or tiny_dataset())
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    errors = io.StringIO()
-    code = 0
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            train.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
-    return code, "\n".join(line for line in errors.getvalue().splitlines() if "error:" in line)
+def run_on_tiny(folder: Path, *flags: str, data: Dataset | None = None) -> tuple[int, str]:
+    """train.py in this process on a tiny data set: its exit code and lines of error."""
+    with mock.patch.object(train, "load_data", lambda *_: data or tiny_dataset()):
+        return outcome("train.py", "--output_dir", folder, "--gif_frames", "0", *flags)
 
 
 # ------------------------------------------------------------------------------------------------- damaged files
@@ -64,9 +43,8 @@ def run_main(monkeypatch, folder: Path, *flags: str, data: Dataset | None = None
 def checkpoint(tmp_path_factory) -> Path:
     """A real training checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
-        assert run_main(monkeypatch, folder, *flags) == (0, "")
+    flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
+    assert run_on_tiny(folder, *flags) == (0, "")
     return folder / "saved" / "VisionTransformer_digits.checkpoint"
 
 
@@ -111,21 +89,21 @@ def test_the_checksum_itself_finds_an_altered_weight(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("metrics", {"train_loss": ["code"]}), ("metrics", []), ("progress", {})])
-def test_a_checkpoint_whose_contents_make_no_sense_is_one_line(checkpoint, tmp_path, monkeypatch, key, value):
+def test_a_checkpoint_whose_contents_make_no_sense_is_one_line(checkpoint, tmp_path, key, value):
     contents = files.read_file(checkpoint)
     contents["runner"][key] = value
     contents["results"] = None
     files.write_file(tmp_path / "saved" / checkpoint.name, contents)
     flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
-    code, errors = run_main(monkeypatch, tmp_path, *flags, "--resume", "--resume_changed")
+    code, errors = run_on_tiny(tmp_path, *flags, "--resume", "--resume_changed")
     assert code == 2 and "does not fit" in errors and len(errors.splitlines()) == 1
 
 
-def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, monkeypatch):
+def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path):
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / checkpoint.name).write_bytes(checkpoint.read_bytes()[:-100])
-    code, errors = run_main(monkeypatch, tmp_path, "--batch_size", "8", "--resume")
+    code, errors = run_on_tiny(tmp_path, "--batch_size", "8", "--resume")
     assert code == 2 and "truncated or damaged" in errors
 
 
@@ -165,11 +143,9 @@ def test_a_disk_that_fills_up_in_training_is_one_line_and_keeps_the_last_checkpo
 
     monkeypatch.setattr(files, "open", fill_up, raising=False)
     flags = ("--epochs", "9", "--hidden_size", "8", "--num_blocks", "1", "--batch_size", "8")
-    code, errors = run_main(monkeypatch, tmp_path, *flags)
+    code, errors = run_on_tiny(tmp_path, *flags)
     assert code == 1 and "No space left" in errors and errors.count("\n") == 0
-    assert (
-        files.read_file(tmp_path / "saved" / "VisionTransformer_digits.checkpoint")["runner"]["progress"]["epoch"] == 2
-    )
+    assert files.read_file(tmp_path / f"saved/{NAME}.checkpoint")["runner"]["progress"]["epoch"] == 2
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
 
 
@@ -192,7 +168,7 @@ def test_a_run_killed_three_times_ends_as_the_run_left_alone(tmp_path):
     assert crash_test.differences(tmp_path / "alone", tmp_path / "crashed") == []
 
 
-def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path, monkeypatch):
+def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path):
     flags = ("--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--gif_frames", "2")
     write = Checkpoints.write
 
@@ -201,83 +177,76 @@ def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_f
             raise SystemExit(9)
         write(checkpoints, runner)
 
-    with pytest.MonkeyPatch.context() as dying:
-        dying.setattr(Checkpoints, "write", die_at_the_end)
-        assert run_main(monkeypatch, tmp_path, *flags)[0] == 9
+    with mock.patch.object(Checkpoints, "write", die_at_the_end):
+        assert run_on_tiny(tmp_path, *flags)[0] == 9
     gif = (tmp_path / "animation_vit_digits.gif").read_bytes()
-    assert run_main(monkeypatch, tmp_path, *flags, "--resume") == (0, "")
+    assert run_on_tiny(tmp_path, *flags, "--resume") == (0, "")
     assert (tmp_path / "animation_vit_digits.gif").read_bytes() == gif
     assert not (tmp_path / "figures" / "VisionTransformer_digits_frames").exists()
 
 
-def interrupt(monkeypatch, folder: Path, event: str, *flags: str) -> None:
+def interrupt(folder: Path, event: str, *flags: str) -> None:
     """Run until the given callback event, and end there as a kill would, after writing a checkpoint."""
 
-    def write_and_die(checkpoints, runner, minutes):
-        def die(runner):
-            checkpoints.write(runner)
-            raise SystemExit(9)
+    def write_and_die(checkpoints, runner):
+        checkpoints.write(runner)
+        raise SystemExit(9)
 
-        runner.callbacks[event].append(die)
-
-    with pytest.MonkeyPatch.context() as dying:
-        dying.setattr(Checkpoints, "write_regularly", write_and_die)
-        assert run_main(monkeypatch, folder, *flags)[0] == 9
+    with mock.patch.object(Checkpoints, event, write_and_die):
+        assert run_on_tiny(folder, *flags)[0] == 9
 
 
 SMALL = ("--num_blocks", "1", "--hidden_size", "8", "--num_heads", "2", "--batch_size", "16")
 
 
-def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_path, monkeypatch):
+def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_path):
     flags = (*SMALL, "--epochs", "2")  # 16 images: the first step is the last of its epoch
-    interrupt(monkeypatch, tmp_path / "killed", "step_end", *flags)
-    assert run_main(monkeypatch, tmp_path / "killed", *flags, "--resume") == (0, "")
-    assert run_main(monkeypatch, tmp_path / "alone", *flags) == (0, "")
-    killed, alone = (Module.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone"))
+    interrupt(tmp_path / "killed", "step_end", *flags)
+    assert run_on_tiny(tmp_path / "killed", *flags, "--resume") == (0, "")
+    assert run_on_tiny(tmp_path / "alone", *flags) == (0, "")
+    killed, alone = (Model.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone"))
     assert all(torch.equal(a, b) for a, b in zip(killed.parameters(), alone.parameters(), strict=True))
 
 
-def test_a_changed_learning_rate_is_in_force_after_resume_changed(tmp_path, monkeypatch):
-    interrupt(monkeypatch, tmp_path, "epoch_end", *SMALL, "--epochs", "4")
+def test_a_changed_learning_rate_is_in_force_after_resume_changed(tmp_path):
+    interrupt(tmp_path, "epoch_end", *SMALL, "--epochs", "4")
     checkpoint = tmp_path / "saved" / "VisionTransformer_digits.checkpoint"
     before = files.read_file(checkpoint)["runner"]["model"]
     flags = (*SMALL, "--epochs", "4", "--resume", "--resume_changed", "--lr", "1e-12", "--weight_decay", "0")
-    assert run_main(monkeypatch, tmp_path, *flags) == (0, "")
+    assert run_on_tiny(tmp_path, *flags) == (0, "")
     after = files.read_file(checkpoint)["runner"]["model"]
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
-def test_a_new_run_sets_the_checkpoint_of_an_interrupted_one_aside(tmp_path, monkeypatch):
-    interrupt(monkeypatch, tmp_path, "epoch_end", *SMALL, "--epochs", "4")
-    assert run_main(monkeypatch, tmp_path, *SMALL, "--epochs", "1") == (0, "")
-    assert (
-        files.read_file(tmp_path / "saved/VisionTransformer_digits.checkpoint.previous")["runner"]["progress"]["epoch"]
-        == 1
-    )
+def test_a_new_run_sets_the_checkpoint_of_an_interrupted_one_aside(tmp_path):
+    interrupt(tmp_path, "epoch_end", *SMALL, "--epochs", "4")
+    assert run_on_tiny(tmp_path, *SMALL, "--epochs", "1") == (0, "")
+    aside = files.read_file(tmp_path / f"saved/{NAME}.checkpoint.previous")
+    assert aside["runner"]["progress"]["epoch"] == 1
 
 
-def test_weights_that_are_no_longer_finite_end_the_run_even_when_steps_are_skipped(tmp_path, monkeypatch):
-    code, errors = run_main(monkeypatch, tmp_path, *SMALL, "--epochs", "2", "--lr", "1e30", "--skip_nonfinite")
-    assert code == 1 and "lower learning rate" in errors or "learning rate is too high" in errors
+def test_weights_that_are_no_longer_finite_end_the_run_even_when_steps_are_skipped(tmp_path):
+    code, errors = run_on_tiny(tmp_path, *SMALL, "--epochs", "2", "--lr", "1e30", "--skip_nonfinite")
+    assert code == 1 and "learning rate too high" in errors
 
 
-def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path, monkeypatch):
+def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path):
     (tmp_path / "saved").mkdir()
     with FileLock(tmp_path / "saved" / "VisionTransformer_digits.lock"):
         flags = [*crash_test.FLAGS.split(), "--output_dir", str(tmp_path)]
-        second = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
-    assert second.returncode == 2 and "another run named VisionTransformer_digits" in second.stderr
+        second = start("train.py", *flags)
+        _, errors = second.communicate(timeout=120)
+    assert second.returncode == 2 and f"another run named {NAME}" in errors
     # the lock file of a run that has ended is no lock
-    code, errors = run_main(monkeypatch, tmp_path, "--epochs", "1", "--num_blocks", "1", "--batch_size", "8")
+    code, errors = run_on_tiny(tmp_path, "--epochs", "1", "--num_blocks", "1", "--batch_size", "8")
     assert code == 0, errors
 
 
 # --------------------------------------------------------------------------------------------------- long runs
 
 
-def test_a_long_run_does_not_grow(tmp_path, monkeypatch):
+def test_a_long_run_does_not_grow(tmp_path):
     """200 epochs with frames: the process's memory at the end within 5 % of that after the tenth epoch."""
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     sizes = []
 
     def measure(runner):
@@ -289,9 +258,11 @@ def test_a_long_run_does_not_grow(tmp_path, monkeypatch):
     runner = Runner(model, torch.optim.AdamW(model.parameters()), torch.nn.CrossEntropyLoss(), "cpu")
     val_loader = data.loader("val", 8)
     frames = tmp_path / "frames"
-    draw_frames(runner, val_loader, data.classes, frames, count=20, epochs=200, title="a long run")
-    Checkpoints(tmp_path / "checkpoint", {}).write_regularly(runner, minutes=5)
-    runner.callbacks["epoch_end"].append(measure)
+    runner.callbacks += [
+        Frames(val_loader, data.classes, frames, count=20, title="a long run"),
+        Checkpoints(tmp_path / "checkpoint", {}),
+        SimpleNamespace(epoch_end=measure),
+    ]
     runner.train(data.loader("train", 16, shuffle=True), val_loader, epochs=200)
     assert sizes[1] < 1.05 * sizes[0]
     assert len(list(frames.iterdir())) <= 22
@@ -334,15 +305,15 @@ trained = []
 def test_any_hyperparameters_train_or_are_refused_before_anything_is_written(size, **hyperparameters):
     flags = [part for name, value in hyperparameters.items() for part in (f"--{name}", str(value))]
     data = tiny_dataset(16, size)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train, "draw_pictures", lambda *_: [])  # they have tests of their own, and take long
-        code, errors = run_main(monkeypatch, Path(folder), *flags, data=data)
+    # pictures have tests of their own, and take long
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Run, "draw_pictures", return_value=[]):
+        code, errors = run_on_tiny(Path(folder), *flags, data=data)
         if code:
             assert code == 2 and len(errors.splitlines()) == 1, errors
             assert list(Path(folder).iterdir()) == []
         else:
             trained.append(hyperparameters)
-            model = Module.load(next(Path(folder).glob("saved/*.pt")))
+            model = Model.load(next(Path(folder).glob("saved/*.pt")))
             logits = model(torch.rand(2, 3, size, size))
             assert logits.shape == (2, 10) and logits.isfinite().all()
 

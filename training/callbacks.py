@@ -57,10 +57,15 @@ class ProgressBar:
 
     def train_start(self, runner: Runner) -> None:
         self._began, self._first_step = time.perf_counter(), runner.step
+        self._note_start(runner)
+
+    def _note_start(self, runner: Runner) -> None:
+        """Of an epoch, or of what is left of it."""
+        self._seconds, self._images = self.clock.seconds, runner.totals[2].item() if runner.batch else 0
 
     def step_start(self, runner: Runner) -> None:
         if self.bar is None:
-            self._seconds, self._images = self.clock.seconds, runner.totals[2].item() if runner.batch else 0
+            self._note_start(runner)
             options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": distributed.rank() > 0}
             title = f"epoch {runner.epoch + 1}/{runner.total_epochs}"
             self.bar = tqdm(desc=title, total=runner.steps_per_epoch, initial=runner.batch, unit="step", **options)
