@@ -10,16 +10,17 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import same_weights
 
 import network
 from images.augment import import_torchvision
 from network import (
     CNN,
+    MODELS,
     FeedForward,
-    Module,
+    Model,
     MultiHeadAttention,
     PatchEmbedding,
-    TimmModel,
     TransformerBlock,
     VisionTransformer,
 )
@@ -29,17 +30,6 @@ from support.files import CheckpointError, write_file
 UNUSUAL = {
     FeedForward: {"input_size": 12, "hidden_size": 5, "output_size": 3},
     CNN: {"img_size": 16, "output_size": 3, "in_channels": 1},
-    PatchEmbedding: {
-        "img_size": 16,
-        "patch_size": 8,
-        "hidden_size": 24,
-        "in_channels": 1,
-        "tokenizer": "conv",
-        "tokenizer_depth": 2,
-        "cls_token": False,
-    },
-    MultiHeadAttention: {"hidden_size": 24, "num_heads": 3},
-    TransformerBlock: {"hidden_size": 24, "num_heads": 3, "mlp_ratio": 1.5, "drop_path": 0.25},
     VisionTransformer: {
         "img_size": 16,
         "hidden_size": 24,
@@ -55,7 +45,7 @@ UNUSUAL = {
         "drop_path": 0.25,
     },
 }
-INPUTS = {FeedForward: (4, 3, 2, 2), MultiHeadAttention: (4, 7, 24), TransformerBlock: (4, 7, 24)}
+INPUTS = {FeedForward: (4, 3, 2, 2)}
 every_class = pytest.mark.parametrize("cls", UNUSUAL, ids=lambda cls: cls.__name__)
 
 
@@ -70,11 +60,6 @@ def randomize(model, seed=0):
         for name, p in model.named_parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator) + ("norm" in name and name.endswith("weight")))
     return model.eval()
-
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def unusual(cls, seed=0):
@@ -263,7 +248,7 @@ def test_attention_weights_are_the_softmax_written_by_hand(images):
 
 
 def test_block_agrees_with_torchs_encoder_layer():
-    block = unusual(TransformerBlock)
+    block = randomize(TransformerBlock(24, 3, mlp_ratio=1.5))
     layer = nn.TransformerEncoderLayer(
         24, 3, dim_feedforward=36, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     ).eval()
@@ -407,8 +392,8 @@ def test_the_unusual_arguments_are_all_there_and_none_is_the_default():
         parameters = inspect.signature(cls).parameters
         assert arguments.keys() == parameters.keys()
         assert not [name for name, value in arguments.items() if parameters[name].default == value]
-    defined = {cls for cls in vars(network).values() if isinstance(cls, type) and issubclass(cls, Module)}
-    assert defined - {Module, TimmModel} == UNUSUAL.keys()  # timm's models have tests of their own
+    defined = {cls for cls in vars(network).values() if isinstance(cls, type) and issubclass(cls, Model)}
+    assert defined - {Model} == UNUSUAL.keys() == set(MODELS.values())
 
 
 @every_class
@@ -416,7 +401,7 @@ def test_save_and_load_keep_arguments_weights_and_outputs(cls, tmp_path):
     model = unusual(cls).train()
     model(example(cls))  # moves the statistics of batch norms, which are saved too
     model.eval().save(tmp_path / "folder" / "model.pt")
-    for loader in (cls, Module):
+    for loader in (cls, Model):
         loaded = loader.load(tmp_path / "folder" / "model.pt")
         assert type(loaded) is cls
         assert loaded.config == model.config == UNUSUAL[cls]
@@ -466,7 +451,7 @@ def test_deepcopy_is_independent_and_keeps_the_arguments(cls, tmp_path):
     assert torch.equal(cls.load(tmp_path / "twin.pt")(example(cls)), twin(example(cls)))
 
 
-def refuse(path, cls=Module):
+def refuse(path, cls=Model):
     with pytest.raises(CheckpointError) as error:
         cls.load(path)
     message = str(error.value)
@@ -525,7 +510,7 @@ def test_a_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path):
         data[position] ^= 0x10
         path.write_bytes(data)
         try:
-            loaded = Module.load(path)
+            loaded = Model.load(path)
         except CheckpointError:
             noticed += 1
         else:  # padding, a date or the like

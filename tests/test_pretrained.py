@@ -11,17 +11,17 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import run_main, same_weights, tiny_dataset
 from PIL import Image
-from test_robustness import interrupt, run_main, tiny_dataset
-from test_runner import same_weights
+from test_robustness import interrupt, run_on_tiny
 
-import evaluate
-import predict
 from images.augment import import_torchvision
-from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
+from network import CNN, FeedForward, Model, VisionTransformer
 from support.files import CheckpointError
-from training.models import freeze_backbone, load_timm_weights, resize_positions, start_from
-from training.optim import DEFAULTS, FINE_TUNING_RATE, build_optimizer
+from train import FINE_TUNING_RATE, RATES
+from training import trained
+from training.models import TimmModel, freeze_backbone, load_timm_weights, resize_positions, start_from
+from training.optim import OPTIMIZERS, build_optimizer
 
 import_torchvision()
 timm = pytest.importorskip("timm")
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_started_from_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ freezing, layers
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_frozen_does_not_change_and_the_head_does(name):
     model = randomised(VisionTransformer(tokenizer="conv", drop_path=0.5, **SMALL))
     freeze_backbone(model)
@@ -135,7 +135,7 @@ def timms_scales(model, decay):
     return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_layers_rate_is_that_of_the_layer_above_times_the_decay(name):
     model = VisionTransformer(pooling="cls", **{**SMALL, "num_blocks": 3})
     lr = rates(build_optimizer(model, name, 0.01, layer_decay=0.5), model)
@@ -169,7 +169,7 @@ def test_layers_of_other_models_are_their_children_and_timm_knows_its_own():
 # ------------------------------------------------------------------------------------------------------ timm's models
 
 
-@pytest.mark.parametrize("optimizer", DEFAULTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_timms_norms_biases_cls_token_and_positions_are_not_decayed(optimizer):
     model = TimmModel("test_vit")
     names = {id(p): name for name, p in model.named_parameters()}
@@ -188,7 +188,7 @@ def test_a_timm_model_takes_images_of_any_size_and_is_saved_and_loaded(tmp_path)
     torch.testing.assert_close(logits, model.backbone(enlarged))
     assert logits.shape == (2, 4) and model(torch.randn(2, 3, 200, 200)).shape == (2, 4)
     model.save(tmp_path / "model.pt")
-    loaded = Module.load(tmp_path / "model.pt")
+    loaded = Model.load(tmp_path / "model.pt")
     assert type(loaded) is TimmModel and loaded.title == "test_vit"
     assert torch.equal(loaded(images), logits)
 
@@ -206,7 +206,7 @@ def test_models_without_stochastic_depth_say_so():
 
 def test_without_timm_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    code, errors = run_main(monkeypatch, tmp_path, *FLAGS, "--model", "timm:test_vit")
+    code, errors = run_on_tiny(tmp_path, *FLAGS, "--model", "timm:test_vit")
     assert code == 2 and "pip install timm" in errors and len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -245,7 +245,7 @@ def test_weights_come_from_a_file(weight_file, published):
     model = TimmModel("test_vit", output_size=4)
     load_timm_weights(model, str(weight_file))
     assert_published(model, published)
-    assert model.head.weight.shape == (4, 64)
+    assert model.get_classifier().weight.shape == (4, 64)
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"hello"])
@@ -253,7 +253,7 @@ def test_a_file_that_does_not_hold_them_is_refused(tmp_path, damage):
     path = tmp_path / "weights.safetensors"
     if damage is not None:
         path.write_bytes(damage)
-    with pytest.raises(ValueError, match="weights of test_vit cannot be had from .*weights.safetensors") as error:
+    with pytest.raises(ValueError, match="weights of test_vit are not available from .*weights.safetensors") as error:
         load_timm_weights(TimmModel("test_vit"), str(path))
     assert "\n" not in str(error.value)
 
@@ -263,7 +263,7 @@ def test_weights_of_another_model_are_refused(tmp_path, published):
     for contents in (timm.create_model("test_resnet").state_dict(), {"cls_token": published.cls_token.detach()}):
         path = tmp_path / "weights.pth"
         torch.save(contents, path)
-        with pytest.raises(ValueError, match="weights of test_vit cannot be had from .*weights.pth") as error:
+        with pytest.raises(ValueError, match="weights of test_vit are not available from .*weights.pth") as error:
             load_timm_weights(TimmModel("test_vit"), str(path))
         assert "\n" not in str(error.value)
 
@@ -319,9 +319,9 @@ def test_weights_are_downloaded_through_timm_and_then_found_in_its_cache(hub, pu
 
 def test_without_a_network_there_is_one_line_and_nothing_is_written(hub, tmp_path, monkeypatch):
     hub[2].server_close()  # nothing listens there any more
-    code, errors = run_main(monkeypatch, tmp_path / "run", *FLAGS, "--model", "timm:test_vit", "--pretrained")
+    code, errors = run_on_tiny(tmp_path / "run", *FLAGS, "--model", "timm:test_vit", "--pretrained")
     assert code == 2 and len(errors.splitlines()) == 1
-    assert "cannot be had from the network" in errors and "--pretrained_file" in errors
+    assert "are not available from the network" in errors and "--pretrained_file" in errors
     assert not (tmp_path / "run").exists()
 
 
@@ -330,22 +330,20 @@ def test_without_a_network_there_is_one_line_and_nothing_is_written(hub, tmp_pat
 
 def test_a_timm_model_is_trained_evaluated_and_asked(tmp_path, monkeypatch, weight_file, published, capsys):
     flags = f"--model timm:test_vit --pretrained_file {weight_file} --freeze backbone --lr 0.1".split()
-    assert run_main(monkeypatch, tmp_path, *FLAGS, *flags) == (0, "")
+    assert run_on_tiny(tmp_path, *FLAGS, *flags) == (0, "")
     path = tmp_path / "saved" / "test_vit_digits.pt"
-    model = Module.load(path)
+    model = Model.load(path)
     assert_published(model, published)
-    assert model.head.weight.abs().sum() > 0
+    assert model.get_classifier().weight.abs().sum() > 0
     assert model.metadata["mean"] == [0.5, 0.5, 0.5]  # what timm's weights expect
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"test_vit_digits_curves.png"}
-    monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: tiny_dataset())
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--output_dir", str(tmp_path / "evaluated")])
-    evaluate.main()
+    monkeypatch.setattr(trained, "load_data", lambda *_, **__: tiny_dataset())
+    run_main("evaluate.py", path, "--output_dir", tmp_path / "evaluated")
     assert "test_vit on the 8 test images" in capsys.readouterr().out
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "red.png"), "--checkpoint", str(path)])
     monkeypatch.chdir(tmp_path)
-    predict.main()
-    assert "no pictures of attention: timm's models" in capsys.readouterr().out
+    run_main("predict.py", tmp_path / "red.png", "--checkpoint", path)
+    assert "no pictures of attention: test_vit does not give its attention weights" in capsys.readouterr().out
     assert (tmp_path / "figures" / "red_prediction.png").exists()
 
 
@@ -355,18 +353,18 @@ def test_rates_are_those_for_fine_tuning_where_timms_weights_are(tmp_path, monke
         "train.build_optimizer", lambda model, *args: rates.append(args) or build_optimizer(model, *args)
     )
     for flags in ("", f"--pretrained_file {weight_file}"):
-        run_main(monkeypatch, tmp_path / "run", *FLAGS, "--model", "timm:test_vit", *flags.split())
-    assert [args[:2] for args in rates] == [("adamw", DEFAULTS["adamw"][0]), ("adamw", FINE_TUNING_RATE)]
+        run_on_tiny(tmp_path / "run", *FLAGS, "--model", "timm:test_vit", *flags.split())
+    assert [args[:2] for args in rates] == [("adamw", RATES["adamw"]["lr"]), ("adamw", FINE_TUNING_RATE)]
 
 
 def test_a_run_from_anothers_weights_with_a_frozen_backbone_can_be_resumed(tmp_path, monkeypatch):
     source = save(VisionTransformer(pooling="mean", tokenizer="conv", **SMALL), tmp_path / "source.pt")
     flags = "--hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --tokenizer conv --batch_size 16 --epochs 3"
     flags = [*flags.split(), "--init_from", str(tmp_path / "source.pt"), "--freeze", "backbone"]
-    interrupt(monkeypatch, tmp_path / "killed", "epoch_end", *flags)
-    assert run_main(monkeypatch, tmp_path / "killed", *flags, "--resume") == (0, "")
-    assert run_main(monkeypatch, tmp_path / "alone", *flags) == (0, "")
-    killed, alone = (Module.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone"))
+    interrupt(tmp_path / "killed", "epoch_end", *flags)
+    assert run_on_tiny(tmp_path / "killed", *flags, "--resume") == (0, "")
+    assert run_on_tiny(tmp_path / "alone", *flags) == (0, "")
+    killed, alone = (Model.load(tmp_path / name / "saved/VisionTransformer_digits.pt") for name in ("killed", "alone"))
     assert same_weights(killed, alone)
     assert same_weights(alone.blocks, source.blocks) and not same_weights(alone.head, source.head)
     assert alone.metadata["mean"] == [0.1, 0.2, 0.3]
@@ -383,6 +381,6 @@ def test_a_run_from_anothers_weights_with_a_frozen_backbone_can_be_resumed(tmp_p
     ],
 )
 def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, flags, words):
-    code, errors = run_main(monkeypatch, tmp_path / "run", *FLAGS, *flags.split())
+    code, errors = run_on_tiny(tmp_path / "run", *FLAGS, *flags.split())
     assert code == 2 and words in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
