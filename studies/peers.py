@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from images.augment import import_torchvision
-from network import num_parameters
+from support.model import num_parameters
 from setup_cifar import Split, load_data
 from support import cli
 from training.optim import build_schedule

@@ -17,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from images.augment import import_torchvision
-from network import MODELS, Model, read_model
+from network import MODELS
 from support import cli
 from support.files import CheckpointError
+from support.model import Model, read_model
 
 
 def find_model(name: str) -> type[nn.Module]:

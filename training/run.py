@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 import utils
 from images.augment import parse_augment
 from images.loader import Dataset
-from network import MODELS, Model, VisionTransformer, num_parameters
+from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device
 from support import cli, distributed
 from support.files import write_bytes
+from support.model import Model, num_parameters
 from support.report import provenance, write_json
 from training.callbacks import Clock, EarlyStopping, Frames, ProgressBar, TensorBoard
 from training.checkpoints import Checkpoints
