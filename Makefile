@@ -14,14 +14,15 @@ test: $(VENV)/requirements-dev.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 crash-test: $(VENV)/requirements-dev.installed
-	$(BIN)/python tests/crash_test.py $(ARGS)
+	$(BIN)/python -m tests.crash_test $(ARGS)
 
 format: $(VENV)/requirements-dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/%.installed: %.txt requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
