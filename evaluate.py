@@ -10,8 +10,6 @@ Writes figures/<name>_confusion.png, <name>_calibration.png and <name>_mistakes.
 probabilities. How much it gains over each is in ensemble.png and ensemble.json.
 """
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from tqdm import tqdm
-from tyro.conf import Positional
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import utils
-from network import Module
+from network import Model
 from runner import choose_device
-from setup_cifar import ImageLoader, load_data
 from support import cli
-from support.files import CheckpointError, write_bytes
+from support.report import provenance, write_json
 from support.significance import paired_bootstrap, wilson
+from training.trained import load_model, mean_probabilities, predict, test_loader
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
 MISTAKES = 24  # shown in the picture
@@ -39,7 +36,8 @@ MISTAKES = 24  # shown in the picture
 class Config:
     """Evaluate saved models, each on the test set of the data set that it was trained on."""
 
-    models: Positional[tuple[str, ...]]  # files that train.py wrote
+    models: tuple[str, ...]  # files that train.py wrote
+    model: str | None = None  # where the class of models of your own lies, my_model.py:MyNet; of others nothing is said
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str = "figures"  # the folder that pictures and figures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
@@ -48,22 +46,13 @@ class Config:
     flip: bool = False  # every answer is the mean of the probabilities of an image and of its mirror image
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     with cli.one_line_errors():
-        if not config.models:
-            raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
-        if config.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {config.batch_size}")
         names = [Path(path).stem for path in config.models]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")
-        if config.ensemble and len(names) < 2:
-            raise ValueError("an ensemble has at least two models: name their files")
-        if config.ensemble and "ensemble" in names:
-            raise ValueError("a file of the name ensemble would have its figures overwritten: rename it")
+        check(config, names)
         device = choose_device(config.device)
-        models = [load_trained(path, device) for path in config.models]
+        models = [load_model(path, device, config.model) for path in config.models]
         if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
             raise ValueError("--flip is not for digits: a mirrored digit is another sign")
         if config.ensemble:
@@ -81,10 +70,29 @@ def main() -> None:
                 print(f"mirroring: {points(gain['difference'])} points ({points(low)} to {points(high)})")
         if config.ensemble:
             together = average(answers, "ensemble")
+            metadata = models[0].metadata
             title = f"Ensemble of {len(models)}" + FLIPPED * config.flip
-            prefix = prefix_of(together.name + suffix_of(models[0].metadata["dataset"]), config)
-            evaluate(together, loader.images, " ".join(config.models), title, models[0].metadata, prefix)
-            report_ensemble(answers, together, f"{title} on {models[0].metadata['dataset']}", prefix)
+            suffix = "" if metadata["dataset"] == "cifar10" else f"_{metadata['dataset']}"
+            prefix = prefix_of(together.name + suffix, config)
+            evaluate(together, loader.images, " ".join(config.models), title, metadata, prefix)
+            report_ensemble(answers, together, f"{title} on {metadata['dataset']}", prefix)
+
+
+def check(config: Config, names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: what was asked for cannot be done.
+    """
+    if not names:
+        raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {config.batch_size}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")
+    if config.ensemble and len(names) < 2:
+        raise ValueError("an ensemble has at least two models: name their files")
+    if config.ensemble and "ensemble" in names:
+        raise ValueError("a file of the name ensemble would have its figures overwritten: rename it")
 
 
 FLIPPED = ", with mirror images"  # in titles
@@ -92,10 +100,6 @@ FLIPPED = ", with mirror images"  # in titles
 
 def prefix_of(name: str, config: Config) -> Path:
     return Path(config.output_dir) / (name + "_flip" * config.flip)
-
-
-def suffix_of(dataset: str) -> str:
-    return "" if dataset == "cifar10" else f"_{dataset}"
 
 
 class Answers(NamedTuple):
@@ -124,9 +128,9 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
         "dataset": dataset,
         **measures(answers),
         "calibration": calibration(probabilities, labels),
-        "confusion_matrix": confusion_matrix(probabilities, labels),
+        "confusion_matrix": confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(len(classes))).tolist(),
         "classes": per_class(probabilities, labels, classes),
-        "provenance": cli.provenance(),
+        "provenance": provenance(),
     }
     print(f"\n{path}: {title} on the {len(labels):,} test images of {dataset}")
     print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}", end="  ")
@@ -138,7 +142,7 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
     draw_calibration(report, files[1], title)
     draw_mistakes(images, probabilities, labels, classes, files[2], title)
     files.append(prefix.with_name(f"{prefix.name}_evaluation.json"))
-    write_bytes(files[-1], json.dumps(report, indent=1).encode())
+    write_json(files[-1], report)
     print("\nwrote " + ", ".join(str(file) for file in files))
     return report
 
@@ -156,7 +160,7 @@ def measures(answers: Answers) -> dict:
 # ---------------------------------------------------------------------------------------------------------- ensembles
 
 
-def check_same_data(models: list[Module], paths: tuple[str, ...]) -> None:
+def check_same_data(models: list[Model], paths: tuple[str, ...]) -> None:
     """
     Raises:
         ValueError: the models do not answer the same question about the same images.
@@ -168,18 +172,13 @@ def check_same_data(models: list[Module], paths: tuple[str, ...]) -> None:
                 raise ValueError(f"no ensemble: the {name} of {path} is {value}, that of {paths[0]} {values[0]}")
 
 
-def mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
-    """The logarithm of the mean of the probabilities that these logits `(n, classes)` stand for."""
-    return torch.stack([x.log_softmax(dim=1) for x in logits]).logsumexp(dim=0) - math.log(len(logits))
-
-
 def average(members: list[Answers], name: str) -> Answers:
     """What they say together: the mean of their probabilities (as in Lakshminarayanan et al. 2017)."""
     return Answers(name, mean_probabilities([member.logits for member in members]), members[0].labels)
 
 
 def compare(members: list[Answers], together: Answers) -> list[dict]:
-    """For each member its measures, the accuracy of `together` less its own, and 95 % intervals of that difference."""
+    """For each member its measures, the accuracy of `together` minus its own, and that difference's 95 % intervals."""
     rows = []
     for member in members:
         gain = paired_bootstrap(together.correct.numpy(), member.correct.numpy())
@@ -191,7 +190,7 @@ def compare(members: list[Answers], together: Answers) -> list[dict]:
 def report_ensemble(members: list[Answers], together: Answers, title: str, prefix: Path) -> dict:
     """Print, draw and store how the ensemble does against each member; returns what is stored in `<prefix>.json`."""
     rows = compare(members, together)
-    report = {"ensemble": measures(together), "members": rows, "provenance": cli.provenance()}
+    report = {"ensemble": measures(together), "members": rows, "provenance": provenance()}
     lines = [
         "| | test accuracy | loss | calibration error | the ensemble's gain, points (95 %, BCa) |",
         "|---|---:|---:|---:|---:|",
@@ -204,7 +203,7 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
         lines.append(f"| {row['name']} | {row['accuracy']:.2%} | {row['loss']:.4f} | {error:.2%} | {gain} |")
     print("\n" + "\n".join(lines))
     draw_ensemble(report, prefix.with_name(f"{prefix.name}.png"), title)
-    write_bytes(prefix.with_name(f"{prefix.name}.json"), json.dumps(report, indent=1).encode())
+    write_json(prefix.with_name(f"{prefix.name}.json"), report)
     print(f"\nwrote {prefix}.png, {prefix}.json")
     return report
 
@@ -212,54 +211,6 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
 def points(fraction: float) -> str:
     """A difference of accuracies in percentage points."""
     return f"{100 * fraction:+.2f}"
-
-
-# ---------------------------------------------------------------------------------------- a model and its test set
-
-
-def load_trained(path: str | Path, device: str | torch.device = "cpu") -> Module:
-    """A model of any class in eval mode, whose metadata says what it was trained on.
-
-    Raises:
-        CheckpointError: no usable file, or one without the metadata that train.py writes.
-    """
-    model = Module.load(path, device)
-    missing = [name for name in ("dataset", "classes", "mean", "std") if name not in model.metadata]
-    if missing:
-        raise CheckpointError(f"{path} does not say what the model was trained on: no {', '.join(missing)} in it")
-    return model
-
-
-def image_size(model: Module) -> int:
-    """Side in pixels of the images that a model takes."""
-    return model.config.get("img_size") or math.isqrt(model.config["input_size"] // 3)
-
-
-def test_loader(model: Module, data_dir: str | None, batch_size: int, device: str | torch.device) -> ImageLoader:
-    """The test images of the data set that the model was trained on, normalised as they were in training."""
-    metadata = model.metadata
-    source = metadata.get("source", metadata["dataset"])  # a folder's path; files of older models have the name alone
-    data = load_data(source, data_dir, img_size=image_size(model))
-    if data.classes != metadata["classes"]:  # trained on some of them
-        if not set(metadata["classes"]) <= set(data.classes):
-            raise CheckpointError(f"the classes in {source} are no longer those that the model was trained on")
-        data = data.select(metadata["classes"])
-    return ImageLoader(data.test, batch_size, metadata["mean"], metadata["std"], device)
-
-
-@torch.no_grad()
-def predict(model: Module, loader: ImageLoader, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` each image's are the logarithm of
-    its and its mirror image's mean probabilities."""
-
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        return mean_probabilities([model(images), model(images.flip(-1))]) if flip else model(images)
-
-    batches = [
-        (logits_of(images).cpu(), labels.cpu()) for images, labels in tqdm(loader, "testing", unit="batch", leave=False)
-    ]
-    logits, labels = zip(*batches, strict=True)
-    return torch.cat(logits), torch.cat(labels)
 
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -300,20 +251,11 @@ def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor
     return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(labels)
 
 
-def confusion_matrix(probabilities: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
-    """Counts of images: a row for each right class, a column for each predicted one."""
-    count = probabilities.shape[1]
-    pairs = labels * count + probabilities.argmax(dim=1)
-    return torch.bincount(pairs, minlength=count**2).view(count, count).tolist()
-
-
 def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[dict]:
     """Precision, recall and F1 of each class as fractions, and its number of images.
 
     Precision is 0 for a class that is never predicted.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
     values = precision_recall_fscore_support(
         labels, probabilities.argmax(dim=1), labels=range(len(classes)), zero_division=0
     )
@@ -343,16 +285,15 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     many = len(classes) > 20
     cell, size = (12, 6.5) if many else (46, 9.5)
     side, margin = cell * len(classes), 30 + 8 * max(len(name) for name in classes)
-    figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, dpi=200)
-    utils.add_text(figure, 14, 28, f"{title}: what is taken for what", size=13, weight="bold")
-    utils.add_text(figure, 14, 48, "percent of each right class (row), by predicted class (column)", size=9.5)
+    note = "percent of each right class (row), by predicted class (column)"
+    figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, f"{title}: what is taken for what", note)
     axes = utils.add_axes(figure, margin, 128, side, side)
     axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, 1.4 * mistakes.max().item()))
     for row in range(len(classes)):
         axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=utils.GREEN, linewidth=0))
         for column in range(0 if many else len(classes)):
             value = percent[row, column].item()
-            style = {"color": utils.DARK if value >= 0.5 else utils.GREY, "size": 9.5}
+            style = {"color": utils.DARK if value >= 0.5 else utils.GREY}
             if row == column:
                 style = {"color": "white", "size": 10.5, "weight": "bold"}
             axes.text(column, row, f"{value:.0f}", ha="center", va="center_baseline", **style)
@@ -360,7 +301,7 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     axes.set_xticks(range(len(classes)), classes, **({"rotation": 90} if many else slant))
     axes.set_yticks(range(len(classes)), classes)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=size, labelcolor=utils.DARK)
+    axes.tick_params(length=0, labelsize=size)
     axes.spines[:].set_visible(False)
     utils.save_figure(figure, path)
     return figure
@@ -372,38 +313,26 @@ def draw_calibration(report: dict, path: Path, title: str) -> Figure:
     width = 100 / len(report["calibration"])
     centres = [50 * (row["low"] + row["high"]) for row in rows]
     accuracies = [100 * row["accuracy"] for row in rows]
-    figure = utils.new_figure(520, 600, dpi=200)
-    utils.add_text(figure, 14, 28, f"{title}: calibration", size=13, weight="bold")
     error, accuracy = 100 * report["expected_calibration_error"], 100 * report["accuracy"]
     note = f"expected calibration error {error:.1f} %, accuracy {accuracy:.1f} %, {report['images']:,} test images"
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    figure = utils.new_figure(520, 600, f"{title}: calibration", note)
 
     upper = utils.add_axes(figure, 66, 72, 430, 330)
     upper.bar(centres, accuracies, width * 0.94, color=utils.BLUE, label="accuracy")
     ends = [(100 * row["confidence"], accuracy) for row, accuracy in zip(rows, accuracies, strict=True)]
     for confidence, accuracy in ends:
         upper.plot([confidence] * 2, [accuracy, confidence], color=utils.VERMILLION, lw=1.6)
-    upper.plot(
-        *zip(*ends, strict=True),
-        "o",
-        color=utils.VERMILLION,
-        markersize=4,
-        clip_on=False,
-        label="gap to the confidence",
-    )
+    style = {"color": utils.VERMILLION, "markersize": 4, "clip_on": False, "label": "gap to the confidence"}
+    upper.plot(*zip(*ends, strict=True), "o", **style)
     upper.plot([0, 100], [0, 100], "--", color=utils.DARK, lw=1, label="perfectly calibrated")
-    upper.set_ylabel("right, % of the images in a bin", size=9.5, color=utils.DARK)
-    upper.legend(loc="upper left", fontsize=9.5, frameon=False, labelcolor=utils.DARK)
+    upper.set_ylabel("right, % of the images in a bin")
+    upper.legend(loc="upper left")
     lower = utils.add_axes(figure, 66, 428, 430, 112)
     lower.bar(centres, [100 * row["images"] / report["images"] for row in rows], width * 0.94, color=utils.GREY)
-    lower.set_ylabel("% of images", size=9.5, color=utils.DARK)
-    lower.set_xlabel("confidence: probability of the predicted class, %", size=9.5, color=utils.DARK)
-    upper.set_ylim(0, 100)
-    for axes in (upper, lower):
-        axes.set_xlim(0, 100)
-        axes.tick_params(labelsize=9.5, color=utils.GREY, labelcolor=utils.DARK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(utils.GREY)
+    lower.set_ylabel("% of images")
+    lower.set_xlabel("confidence: probability of the predicted class, %")
+    upper.set(xlim=(0, 100), ylim=(0, 100))
+    lower.set_xlim(0, 100)
     utils.save_figure(figure, path)
     return figure
 
@@ -413,10 +342,8 @@ def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
     together, members = report["ensemble"], report["members"]
     rows = [{"name": "ensemble", **together}, *reversed(members)]
     height = 34 * len(rows)
-    figure = utils.new_figure(800, 130 + height, dpi=200)
-    utils.add_text(figure, 14, 28, title, size=13, weight="bold")
-    note = f"accuracy on {together['images']:,} test images, and the ensemble's less each member's; 95 % intervals"
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    note = f"accuracy on {together['images']:,} test images, and the ensemble's minus each member's; 95 % intervals"
+    figure = utils.new_figure(800, 130 + height, title, note)
     longest = max(len(row["name"]) for row in rows)
     margin = min(320, 30 + 6.5 * longest)
     width = (800 - margin - 60) / 2
@@ -434,9 +361,9 @@ def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
     right.set_yticks([])
     right.axvline(0, color=utils.GREY, lw=1)
     for axes, label in ((left, "test accuracy, %"), (right, "the ensemble's gain, percentage points")):
-        utils.tidy(axes)
+        axes.grid()
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(label, size=9.5, color=utils.DARK)
+        axes.set_xlabel(label)
     utils.save_figure(figure, path)
     return figure
 
@@ -453,15 +380,14 @@ def draw_mistakes(
     wrong = (prediction != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
     columns, tile = 8, 96
-    figure = utils.new_figure(14 + columns * (tile + 18), 66 + max(1, -(-len(worst) // columns)) * (tile + 48), dpi=200)
-    utils.add_text(figure, 14, 28, f"{title}: the most confident mistakes", size=13, weight="bold")
     note = f"{len(wrong):,} of {len(labels):,} test images are wrong" if worst else "no mistakes"
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    height = 66 + max(1, -(-len(worst) // columns)) * (tile + 48)
+    figure = utils.new_figure(14 + columns * (tile + 18), height, f"{title}: the most confident mistakes", note)
     for position, i in enumerate(worst):
         row, column = divmod(position, columns)
         left, top = 14 + column * (tile + 18), 90 + row * (tile + 48)
         axes = utils.add_axes(figure, left, top, tile, tile)
-        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         axes.axis("off")
         said = f"{classes[prediction[i]]} {100 * confidence[i]:.0f} %"
         utils.add_text(figure, left, top - 17, said, utils.VERMILLION, size=8.5, weight="bold")

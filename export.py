@@ -30,14 +30,14 @@ import torch
 import torch.nn as nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
-from tyro.conf import Positional
 
-from evaluate import image_size, load_trained, predict, test_loader
 from images.augment import import_torchvision
-from network import Module
-from setup_cifar import ImageLoader
+from images.loader import ImageLoader
+from network import Model
 from support import cli
 from support.files import write_bytes
+from support.report import provenance, write_json
+from training.trained import load_model, predict, test_loader
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # largest difference of logits, as a part of the largest logit: rounding makes some 1e-6 of it
@@ -51,7 +51,8 @@ Predictor = Callable[[torch.Tensor], torch.Tensor]  # uint8 images to logits, bo
 class Config:
     """Export a saved model to ONNX and torch.export, checked against PyTorch, with a version in 8 bits."""
 
-    model: Positional[str]  # a file that train.py wrote
+    checkpoint: str  # a file that train.py wrote
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
     output_dir: str | None = None  # the folder that the exported files go to; default: that of the model
     figures_dir: str = "figures"  # the folder that the table goes to, as JSON
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
@@ -65,15 +66,15 @@ class Disagreement(ArithmeticError):
     """An exported file does not answer as the model does."""
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     with cli.one_line_errors():
         for name in ("images", "repeats", "threads"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
         require_packages()
         torch.set_num_threads(config.threads)
-        model = load_trained(config.model)
+        model = load_model(config.checkpoint, model=config.model)
         loader = test_loader(model, config.data_dir, 500, "cpu")
         try:
             export(model, loader, config)
@@ -81,7 +82,7 @@ def main() -> None:
             cli.fail(str(error), code=1)
 
 
-def export(model: Module, loader: ImageLoader, config: Config) -> dict:
+def export(model: Model, loader: ImageLoader, config: Config) -> dict:
     """Make, check, measure and write everything; returns what is stored in `<name>_export.json`.
 
     Args:
@@ -90,10 +91,10 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
     Raises:
         Disagreement: an exported file gives other answers than the model; nothing has been written then.
     """
-    name = Path(config.model).stem
-    prefix = Path(config.output_dir or Path(config.model).parent) / name
+    name = Path(config.checkpoint).stem
+    prefix = Path(config.output_dir or Path(config.checkpoint).parent) / name
     onnx_path, program_path, small_path = (prefix.with_name(name + end) for end in (".onnx", ".pt2", ".int8.onnx"))
-    print(f"exporting {config.model}, {model.title} ...", flush=True)
+    print(f"exporting {config.checkpoint}, {model.title} ...", flush=True)
     program = to_program(model)
     onnx_bytes, program_bytes = to_onnx(program, model), save_program(program, model)
     small_bytes = quantise(onnx_bytes)
@@ -106,7 +107,7 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
         "ONNX Runtime, 8 bits": onnx_predictor(small_bytes, config.threads),
     }
     logits, labels = predict(model, loader)
-    sizes = [Path(config.model).stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
+    sizes = [Path(config.checkpoint).stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
     rows = {who: {"bytes": size} for who, size in zip(predictors, sizes, strict=True)}
     for who, row in rows.items():
         exact = who in ("ONNX Runtime", "ExportedProgram")
@@ -125,19 +126,18 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
                 rows[who][f"milliseconds_batch_{batch_size}"] = 1e3 * seconds
 
     report = {
-        "model": config.model,
+        "model": config.checkpoint,
         "dataset": model.metadata["dataset"],
         "test_images": len(labels),
         "threads": config.threads,
         "accuracy_lost_in_8_bits": lost,
         "8_bits_kept": lost <= LOSS_ALLOWED,
         "rows": rows,
-        "provenance": cli.provenance() | versions(),
+        "provenance": provenance() | versions(),
     }
     written = {onnx_path: onnx_bytes, program_path: program_bytes}
     if report["8_bits_kept"]:
         written[small_path] = small_bytes
-    written[Path(config.figures_dir) / f"{name}_export.json"] = json.dumps(report, indent=1).encode()
     print(f"\n{markdown_table(report)}\n")
     what = f"8 bits change test accuracy by {-100 * lost:+.2f} percentage points"
     print(f"{what}, {-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
@@ -145,7 +145,9 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
         write_bytes(path, contents)
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
-    print("wrote " + ", ".join(str(path) for path in written))
+    report_path = Path(config.figures_dir) / f"{name}_export.json"
+    write_json(report_path, report)
+    print("wrote " + ", ".join(map(str, [*written, report_path])))
     return report
 
 
@@ -155,7 +157,7 @@ def export(model: Module, loader: ImageLoader, config: Config) -> dict:
 class WithNormalisation(nn.Module):
     """Plain images in, logits out: uint8 `(batch, 3, height, width)` to float32 `(batch, classes)`."""
 
-    def __init__(self, model: Module):
+    def __init__(self, model: Model):
         super().__init__()
         self.model = model
         for name in ("mean", "std"):
@@ -166,13 +168,13 @@ class WithNormalisation(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
 
-def to_program(model: Module) -> ExportedProgram:
+def to_program(model: Model) -> ExportedProgram:
     """The model with its normalisation as one graph, for any number of images.
 
     Raises:
         ValueError: torch.export cannot follow the model.
     """
-    images = torch.zeros(2, 3, image_size(model), image_size(model), dtype=torch.uint8)
+    images = torch.zeros(2, 3, model.image_size, model.image_size, dtype=torch.uint8)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -186,7 +188,7 @@ def to_program(model: Module) -> ExportedProgram:
     return program
 
 
-def to_onnx(program: ExportedProgram, model: Module) -> bytes:
+def to_onnx(program: ExportedProgram, model: Model) -> bytes:
     """The program as an ONNX file: input `images`, output `logits`, both with the axis `batch`.
 
     Raises:
@@ -213,19 +215,19 @@ def to_onnx(program: ExportedProgram, model: Module) -> bytes:
     return exported.model_proto.SerializeToString()
 
 
-def metadata_of(model: Module) -> dict:
+def metadata_of(model: Model) -> dict:
     """What a user of the file needs to know; in both files each value is JSON."""
     return {
         "model": model.title,
         "dataset": model.metadata["dataset"],
         "classes": model.metadata["classes"],
         "input": "images: RGB, uint8, (batch, 3, height, width), 0 to 255; normalisation is inside",
-        "image_size": image_size(model),
+        "image_size": model.image_size,
         "output": "logits: float32, (batch, classes); their softmax is the probabilities",
     }
 
 
-def save_program(program: ExportedProgram, model: Module) -> bytes:
+def save_program(program: ExportedProgram, model: Model) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,35 +17,35 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
-from tyro.conf import Positional
 
-import explain
 import utils
-from evaluate import image_size, load_trained
 from images.folder import ImageError, central_square, read_image, to_array
-from network import Module, TimmModel, VisionTransformer
+from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
+from training.heatmaps import patch_grid, relevance
+from training.trained import load_model
 
 
 @dataclass
 class Config:
     """Classify images of any size and format."""
 
-    images: Positional[tuple[str, ...]]  # files
+    images: tuple[str, ...]  # files
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
     output_dir: str = "figures"  # the folder that pictures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     with cli.one_line_errors():
         if not config.images:
             raise ValueError("name at least one image: python predict.py photo.jpg")
-        model = load_trained(config.checkpoint, choose_device(config.device))
-        if isinstance(model, TimmModel):
-            print("no pictures of attention: timm's models do not give their attention weights")
+        model = load_model(config.checkpoint, choose_device(config.device), config.model)
+        if not isinstance(model, VisionTransformer):
+            print(f"no pictures of attention: {model.title} does not give its attention weights")
         failed = False
         taken = set()
         for name in tqdm(config.images, "predicting", unit="image", leave=False, disable=len(config.images) < 4):
@@ -79,9 +79,9 @@ def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
 # ------------------------------------------------------------------------------------------- from a file to the model
 
 
-def to_input(image: Image.Image, model: Module) -> torch.Tensor:
+def to_input(image: Image.Image, model: Model) -> torch.Tensor:
     """An RGB image as the model takes it, `(1, 3, img_size, img_size)`, normalised as in training."""
-    pixels = torch.from_numpy(to_array(image, image_size(model)))[None]
+    pixels = torch.from_numpy(to_array(image, model.image_size))[None]
     mean, std = (torch.tensor(model.metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std
 
@@ -89,7 +89,7 @@ def to_input(image: Image.Image, model: Module) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------ prediction, picture
 
 
-def classify(model: Module, image: Image.Image, path: Path) -> torch.Tensor:
+def classify(model: Model, image: Image.Image, path: Path) -> torch.Tensor:
     """Save the picture of a prediction at `path`; returns the probabilities `(classes,)` on the CPU."""
     device = next(model.parameters()).device
     images = to_input(image, model).to(device)
@@ -105,7 +105,7 @@ def classify(model: Module, image: Image.Image, path: Path) -> torch.Tensor:
 
 
 def draw_prediction(
-    model: Module,
+    model: Model,
     image: Image.Image,
     images: torch.Tensor,
     probabilities: torch.Tensor,
@@ -119,7 +119,7 @@ def draw_prediction(
         images: `(1, 3, img_size, img_size)`, the model's input.
         attention: `(num_blocks, 1, heads, tokens, tokens)`.
     """
-    classes, size = model.metadata["classes"], image_size(model)
+    classes, size = model.metadata["classes"], model.image_size
     scale = max(1, 224 // size)
     tile = scale * size
     photo = np.asarray(central_square(image, tile))
@@ -128,24 +128,24 @@ def draw_prediction(
     if attention is not None:
         panels += ["attention, last block", f"relevance for {classes[probabilities.argmax()]}"]
     scale_width = 56 if attention is not None else 0
-    figure = utils.new_figure(14 + len(panels) * (tile + 12) + scale_width + 234, 40 + tile + 16, dpi=200)
+    figure = utils.new_figure(14 + len(panels) * (tile + 12) + scale_width + 234, 40 + tile + 16)
     for column, heading in enumerate(panels):
         left = 14 + column * (tile + 12) + (scale_width if column == 3 else 0)
         utils.add_text(figure, left, 30, heading, size=10.5)
         axes = utils.add_axes(figure, left, 40, tile, tile)
         axes.axis("off")
         if column == 0:
-            axes.imshow(photo, interpolation="nearest")
+            axes.imshow(photo)
         elif column == 1:
-            axes.imshow(seen.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.imshow(seen.permute(1, 2, 0).numpy())
         elif column == 2:
             heat = utils.attention_of_patches(attention, -1)[0].mean(dim=0)
             norm = Normalize(0, max(2.0, heat.max().item()))
             utils.draw_overlay(axes, seen, heat, model.config["patch_size"], norm)
             utils.draw_scale(utils.add_axes(figure, left + tile + 4, 40, 9, tile), norm)
         else:
-            patch, side = explain.patch_grid(model, images)
-            heat = explain.relevance(model, images)[0].cpu()[: patch * side : patch, : patch * side : patch]
+            patch, side = patch_grid(model, images)
+            heat = relevance(model, images)[0].cpu()[: patch * side : patch, : patch * side : patch]
             utils.draw_overlay(axes, seen, heat, patch, Normalize(0, 1))
     left += tile + 20
     utils.add_text(figure, left, 30, "likeliest classes", size=10.5)

@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
-from images.augment import draw_augmentations
 from images.download import DownloadError, download, file_md5
 from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
+from images.sheets import draw_augmentations, draw_samples
 from support import cli, distributed
 
 
@@ -271,7 +270,7 @@ def main() -> None:
             print(f"  {name:5s} {sum(counts):6,d} images;  per class: {min(counts):,d} to {max(counts):,d}")
         print(f"  mean {[round(x, 4) for x in data.mean]}  standard deviation {[round(x, 4) for x in data.std]}")
         sheet = Path(config.figures_dir) / f"samples_{data.name}.png"
-        utils.draw_samples(data.train.images, data.train.labels, data.classes, sheet)
+        draw_samples(data.train.images, data.train.labels, data.classes, sheet)
         print(f"  sample sheet: {sheet}")
         if config.augmentations:
             sheet = Path(config.figures_dir) / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"

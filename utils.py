@@ -1,8 +1,4 @@
-"""Pictures: progress frames -> GIF, training curves, attention maps, sample sheets.
-
-Figures are made with matplotlib's `Figure` itself, never pyplot: nothing stays open and no screen is needed. Every
-file is written beside its destination and then renamed, so that a killed run leaves no half picture.
-"""
+"""Pictures: progress frames -> GIF, training curves, attention maps. The style of all figures: support/figures.py."""
 
 import io
 import math
@@ -15,71 +11,26 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
+from support.figures import (  # noqa: F401  (others say utils.new_figure)
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    LIGHT,
+    VERMILLION,
+    add_axes,
+    add_text,
+    new_figure,
+    save_figure,
+    to_pixels,
+)
 from support.files import write_bytes
 
-BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"  # of Okabe and Ito, for every kind of colour vision
-DARK, GREY, LIGHT = "#222222", "#C4C4C4", "#F0F0F0"
 COLOR_MAP, OPACITY = "inferno", 0.65  # of attention
-
-# ------------------------------------------------------------------------------------------------- images and samples
-
-
-def to_pixels(images: torch.Tensor, mean=None, std=None) -> torch.Tensor:
-    """Images `(n, 3, h, w)` for display: float32 in [0, 1] on the CPU.
-
-    uint8 images are divided by 255. Of float images the normalisation with `mean` and `std` (a value for each
-    channel) is undone; without these each image is stretched to reach from 0 to 1.
-
-    Raises:
-        ValueError: not `(n, 3, h, w)`, or only one of `mean` and `std`.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (n, 3, height, width), not {tuple(images.shape)}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std belong together: give both or neither")
-    pixels = images.detach().float().cpu()
-    if images.dtype == torch.uint8:
-        return pixels / 255
-    if mean is not None:
-        mean, std = (torch.as_tensor(x, dtype=torch.float32).cpu().view(1, -1, 1, 1) for x in (mean, std))
-        return (pixels * std + mean).clamp(0, 1)
-    low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
-    return (pixels - low) / (high - low).clamp(min=1e-8)
-
-
-def draw_samples(
-    images: torch.Tensor, labels: torch.Tensor, classes: list[str], path: str | Path, columns: int = 10
-) -> Figure:
-    """Save a sheet with the first `columns` images of each class as a PNG, one row for each class.
-
-    Args:
-        images: uint8 `(n, 3, h, w)`.
-        labels: `(n,)`, indices into `classes`.
-    """
-    height, width = images.shape[2:]
-    gap = max(1, width // 16)
-    sheet = np.full((len(classes) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for row in range(len(classes)):
-        for column, index in enumerate((labels == row).nonzero()[:columns, 0].tolist()):
-            top, left = row * (height + gap), column * (width + gap)
-            sheet[top : top + height, left : left + width] = images[index].permute(1, 2, 0).cpu().numpy()
-    scale = max(1, 72 // height)
-    sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
-    margin = 26 + 8 * max(len(name) for name in classes)
-    figure = new_figure(margin + sheet_width + 10, sheet_height + 20)
-    axes = add_axes(figure, margin, 10, sheet_width, sheet_height)
-    axes.imshow(sheet, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(len(classes))], classes)
-    axes.tick_params(length=0, labelsize=11, labelcolor=DARK, pad=8)
-    axes.spines[:].set_visible(False)
-    save_figure(figure, path)
-    return figure
-
+POINTS = 120  # of a training curve that are drawn, each the mean of as many steps as that takes
 
 # --------------------------------------------------------------------------------------------------- training curves
 
@@ -89,8 +40,7 @@ def draw_curves(metrics: dict[str, list], path: str | Path, title: str) -> Figur
 
     The best validation accuracy is ringed and its value given. `metrics` is what `draw_progress` takes.
     """
-    figure = new_figure(900, 380, dpi=200)
-    add_text(figure, 14, 30, title, size=13, weight="bold")
+    figure = new_figure(900, 380, title)
     _, accuracy_axes = _draw_loss_and_accuracy(figure, metrics, top=74, height=252, size=10)
     if metrics["val_accuracy"]:
         best, step = max(zip(metrics["val_accuracy"], metrics["val_step"], strict=True), key=lambda pair: pair[0])
@@ -117,15 +67,14 @@ def draw_progress(
     the steps to `total_steps`.
 
     Args:
-        metrics: lists `train_loss`, `train_accuracy`, `train_step`, `val_loss`, `val_accuracy`, `val_step`; accuracy
-            as a fraction, steps counted in optimiser steps. All may be empty.
+        metrics: the lists of `Runner.metrics`; all may be empty.
         images: `(n, 3, h, w)`, floats in [0, 1].
         labels: `(n,)`, the right classes.
         probabilities: `(n, classes)`, predicted.
         path: where the PNG goes, if anywhere.
         total_steps: optimiser steps in the whole training; None ends the axis at the last step so far.
     """
-    figure = new_figure(900, 420)
+    figure = new_figure(900, 420, dpi=100)
     add_text(figure, 14, 20, title, size=11, weight="bold")
     _draw_loss_and_accuracy(figure, metrics, top=52, height=134, size=8, total_steps=total_steps)
     caption = "Validation images: the right class in green, and the three classes with the highest probability"
@@ -136,9 +85,9 @@ def draw_progress(
     for i in range(count):
         left, label = 14 + 147 * i, int(labels[i])
         picture = add_axes(figure, left, 264, 96, 96)
-        picture.imshow(pixels[i], interpolation="nearest")
+        picture.imshow(pixels[i])
         picture.axis("off")
-        picture.set_title(classes[label], loc="left", size=8.5, weight="bold", color=GREEN, pad=2)
+        picture.set_title(classes[label], size=8.5, weight="bold", color=GREEN, pad=2)
         bars = add_axes(figure, left, 364, 137, 50)
         draw_bars(bars, top_probabilities[i].tolist(), top_classes[i].tolist(), label, classes)
     if path is not None:
@@ -189,25 +138,28 @@ def _draw_loss_and_accuracy(
     ):
         axes = add_axes(figure, left, top, 376, height)
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
-            values = [factor * value for value in metrics[f"{split}_{name}"]]
+            steps, values = smooth(metrics[f"{split}_step"], metrics[f"{split}_{name}"])
             marker = "o" if len(values) == 1 else marker  # a line through one point would not be seen
-            axes.plot(metrics[f"{split}_step"], values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
+            axes.plot(steps, factor * values, color=color, marker=marker, markersize=3, lw=1.4, label=label)
         axes.set(xlim=(0, 1.01 * last_step), ylim=(0, limit))
-        axes.set_title(name, loc="left", size=size + 1, color=DARK)
-        axes.set_xlabel("optimiser step", size=size, color=DARK, labelpad=2)
+        axes.set_title(name, size=size + 1)
+        axes.set_xlabel("optimiser step", size=size, labelpad=2)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.tick_params(labelsize=size, color=GREY, labelcolor=DARK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.grid(color=LIGHT)
-        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=size)
+        axes.grid()
         panels.append(axes)
-    panels[0].legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, fontsize=size, frameon=False, labelcolor=DARK
-    )
+    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, fontsize=size)
     panels[1].yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     return panels[0], panels[1]
+
+
+def smooth(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS means over equal numbers of steps, each at the end of what it is the mean of."""
+    window = max(1, -(-len(values) // POINTS))
+    parts = range(0, len(values), window)
+    means = [np.mean(values[i : i + window]) for i in parts]
+    return np.array([steps[min(i + window, len(steps)) - 1] for i in parts]), np.array(means)
 
 
 # -------------------------------------------------------------------------------------------------------- animation
@@ -297,11 +249,10 @@ def visualize_attention_maps(
 ) -> Figure:
     """Where one block looks: a row for each image with the image, the mean over heads, and each head.
 
-    Shown is the attention that the CLS token (token 0) pays to each patch; where the number of tokens is a perfect
-    square, so that there is no CLS token, the attention each patch receives, averaged over all tokens. The unit is
-    uniform attention: 1 is what each token has when all have the same (weight 1 / tokens). The scale is common to
-    all maps of an image, begins at 0, and reaches at least to 2, so that near-uniform attention looks like that.
-    Pixels on the right and at the bottom which no patch covers are left plain.
+    Shown is the attention that the CLS token (token 0) pays to each patch; where there is none (the number of tokens is
+    a perfect square), the attention each patch receives, averaged over all tokens. The unit is uniform attention: 1 is
+    what each token has when all have the same. The scale is common to all maps of an image, begins at 0, and reaches at
+    least to 2, so that near-uniform attention looks like that. Pixels that no patch covers are left plain.
 
     Args:
         images: `(batch, 3, h, w)`, as given to the model.
@@ -311,8 +262,7 @@ def visualize_attention_maps(
         patch_size: side of a patch in pixels; None means `h // grid`, right for every size that divides the image.
         mean, std: the normalisation to be undone for display, a value for each channel (see `to_pixels`).
         classes: class names.
-        labels: `(batch,)`, the right classes.
-        logits: `(batch, classes)`, for the prediction and its probability.
+        labels, logits: `(batch,)` right classes and `(batch, classes)`, for the prediction and its probability.
         path: where a PNG goes, if anywhere.
         max_images: rows at most; further images are left out.
 
@@ -345,7 +295,7 @@ def visualize_attention_maps(
     tile = height * max(1, (128 if heads <= 4 else 96) // height)  # whole screen pixels for each pixel
     row_height = tile + (26 if labels is not None or logits is not None else 14)
     figure_width = max(480, 14 + len(headings) * (tile + 8) + 62)
-    figure = new_figure(figure_width, 54 + rows * row_height + 12, dpi=200)
+    figure = new_figure(figure_width, 54 + rows * row_height + 12)
     source = "from the CLS token" if attention_weights.shape[-1] > grid**2 else "from all patches, averaged"
     which = f", block {block % len(attention_weights) + 1} of {len(attention_weights)}" * (attention_weights.ndim == 5)
     add_text(figure, 14, 24, f"Attention {source}{which}", size=12, weight="bold")
@@ -356,7 +306,7 @@ def visualize_attention_maps(
             axes = add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
             axes.axis("off")
             if column == 0:
-                axes.imshow(pixels[row].permute(1, 2, 0).numpy(), interpolation="nearest")
+                axes.imshow(pixels[row].permute(1, 2, 0).numpy())
             else:
                 draw_overlay(axes, pixels[row], maps[row, column - 1], patch_size, norm)
             if row == 0:
@@ -413,11 +363,11 @@ def draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_siz
     """The image in grey and over it `heat` `(grid, grid)`, on exactly the pixels that the patches cover."""
     covered = heat.shape[0] * patch_size
     heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0].numpy()
-    axes.imshow(
-        pixels.mean(dim=0).numpy(), cmap="gray", vmin=-0.3, vmax=1.6, interpolation="nearest"
-    )  # little contrast
-    extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)  # pixel i reaches from i - 0.5 to i + 0.5
-    axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=OPACITY, extent=extent, interpolation="nearest")
+    # with little contrast
+    axes.imshow(pixels.mean(dim=0).numpy(), cmap="gray", vmin=-0.3, vmax=1.6)
+    # pixel i reaches from i - 0.5 to i + 0.5
+    extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)
+    axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=OPACITY, extent=extent)
     axes.set(xlim=(-0.5, pixels.shape[2] - 0.5), ylim=(pixels.shape[1] - 0.5, -0.5))
 
 
@@ -426,8 +376,8 @@ def draw_scale(axes: Axes, norm: Normalize) -> None:
     bar = axes.figure.colorbar(ScalarMappable(norm, COLOR_MAP), cax=axes, alpha=OPACITY, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
     axes.set_facecolor("0.4")
-    axes.tick_params(labelsize=8, color=GREY, labelcolor=DARK, length=2, pad=2)
-    axes.set_ylabel("× uniform", size=8, color=DARK)
+    axes.tick_params(labelsize=8, length=2, pad=2)
+    axes.set_ylabel("× uniform", size=8)
     axes.yaxis.set_label_coords(5, 0.5)
 
 
@@ -445,42 +395,3 @@ def describe_prediction(i: int, classes: list[str] | None, labels, logits) -> tu
     if label is None:
         return title, DARK
     return f"{title} (is: {name(label)})", GREEN if int(prediction) == label else VERMILLION
-
-
-# -------------------------------------------------------------------------------------- figures and files by the pixel
-
-
-def new_figure(width: int, height: int, dpi: int = 100) -> Figure:
-    """A white figure laid out in pixels; with 200 dpi it is drawn at twice the resolution."""
-    return Figure(figsize=(width / 100, height / 100), dpi=dpi)
-
-
-def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    figure_width, figure_height = 100 * figure.get_size_inches()
-    bottom = figure_height - top - height
-    return figure.add_axes((left / figure_width, bottom / figure_height, width / figure_width, height / figure_height))
-
-
-def add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
-    figure_width, figure_height = 100 * figure.get_size_inches()
-    figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, **style)
-
-
-def tidy(axes: Axes) -> None:
-    """Axes as they are in all figures: small grey ticks, a faint grid behind, no frame at the top and on the right."""
-    axes.tick_params(labelsize=9.5, color=GREY, labelcolor=DARK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.grid(color=LIGHT)
-    axes.set_axisbelow(True)
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a class may be called $5
-    for text in figure.texts:  # a long title is made smaller rather than cut off
-        while text.get_window_extent().x1 > figure.bbox.width and text.get_fontsize() > 5:
-            text.set_fontsize(text.get_fontsize() - 0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi)
-    write_bytes(path, buffer.getvalue())

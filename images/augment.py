@@ -18,14 +18,10 @@ epoch, number of the batch), and with what on the order of the images in the bat
 """
 
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-
-import utils
 
 NAMES = (
     "none",
@@ -181,55 +177,3 @@ def import_torchvision():
             del sys.modules[name]  # what the failed import left behind
         import torchvision
     return torchvision
-
-
-# ---------------------------------------------------------------------------------------------------------- picture
-
-
-def draw_augmentations(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    classes: list[str],
-    path: str | Path,
-    flip: bool,
-    mean: list[float],
-    seed: int = 0,
-) -> Figure:
-    """Save a sheet with what each augmentation makes of the same images as a PNG, one row for each name.
-
-    Args:
-        images: uint8 `(n, 3, h, w)`, a column each; nine fill the width of a page.
-        labels: int64 `(n,)`, indices into `classes`.
-        flip, mean: as of `Augmentation`.
-    """
-    headings = {"none": 16, "mixup": 30, "cutmix": 30}  # room above a row for labels, of one line or of two
-    tile, gap, margin = 88, 6, 124
-    height = 40 + sum(tile + gap + headings.get(name, 0) for name in NAMES)
-    figure = utils.new_figure(margin + len(images) * (tile + gap) + gap, height, dpi=200)
-    utils.add_text(figure, 14, 26, "What each augmentation makes of the same images", size=13, weight="bold")
-    top = 40
-    for name in NAMES:
-        augmentation = Augmentation(name, len(classes), flip, padding=images.shape[-1] // 8, mean=mean)
-        draws = augmentation.draw(len(images), 1, torch.Generator().manual_seed(seed))
-        pixels, targets = augmentation.apply(images, labels, draws, torch.arange(len(images)), 0)
-        pixels = pixels.float().div(255).permute(0, 2, 3, 1).numpy()
-        top += headings.get(name, 0)
-        utils.add_text(figure, 14, top + tile / 2 + 4, name, size=9.5)
-        for i, target in enumerate(targets):
-            left = margin + i * (tile + gap)
-            axes = utils.add_axes(figure, left, top, tile, tile)
-            axes.imshow(pixels[i], interpolation="nearest")
-            axes.axis("off")
-            if name in headings:
-                utils.add_text(figure, left, top - 5, _describe_target(target, classes), size=7.5)
-        top += tile + gap
-    utils.save_figure(figure, path)
-    return figure
-
-
-def _describe_target(target: torch.Tensor, classes: list[str]) -> str:
-    """The class, or on two lines those that were mixed with their percentages."""
-    if target.ndim == 0:
-        return classes[target]
-    shares, indices = target.topk(2)
-    return "\n".join(f"{100 * share:.0f} % {classes[i]}" for share, i in zip(shares, indices, strict=True) if share)

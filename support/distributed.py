@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ def processes() -> Iterator[None]:
         _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(store=_store, rank=number, world_size=count, timeout=TIMEOUT)
         if number > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
         yield
         barrier()  # the first may still be drawing
         dist.destroy_process_group()
@@ -49,7 +50,7 @@ def processes() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         if first:
-            script = os.path.basename(sys.argv[0])
+            script = Path(sys.argv[0]).name
             reason = re.sub(r"\[/\S+\] ", "", str(error).partition(". ")[0])  # without the line of gloo's own code
             print(
                 f"{script}: error: one of {os.environ['WORLD_SIZE']} processes was killed, crashed or hangs, and the "

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import utils
+from images.sheets import draw_samples
 
 CLASSES = ["cat", "dog", "frog", "ship"]
 EMPTY = {f"{split}_{name}": [] for split in ("train", "val") for name in ("loss", "accuracy", "step")}
@@ -203,7 +204,7 @@ def test_curves_mark_the_best_validation_accuracy(tmp_path):
 def test_samples_have_a_row_for_each_class(tmp_path):
     labels = torch.tensor([1, 0, 1, 1])
     images = torch.arange(4, dtype=torch.uint8).mul(50).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    figure = utils.draw_samples(images, labels, ["cat", "dog"], tmp_path / "samples.png", columns=2)
+    figure = draw_samples(images, labels, ["cat", "dog"], tmp_path / "samples.png", columns=2)
     sheet = figure.axes[0].images[0].get_array()
     assert sheet.shape == (17, 17, 3)
     assert [sheet[0, 0, 0], sheet[0, 16, 0], sheet[16, 0, 0], sheet[16, 16, 0]] == [50, 255, 0, 100]
@@ -374,7 +375,7 @@ def test_no_pyplot_figure_is_opened(tmp_path):
 
 
 def test_a_long_title_is_made_smaller_rather_than_cut_off(tmp_path):
-    figure = utils.new_figure(300, 60)
+    figure = utils.new_figure(300, 60, dpi=100)
     for left, text in ((14, "a title that is far too long for a picture of this width"), (14, "short")):
         utils.add_text(figure, left, 28, text, size=13)
     utils.save_figure(figure, tmp_path / "picture.png")

@@ -1,1 +1,1 @@
-"""What hangs on a training run: callbacks, checkpoints, optimisers, models by name, several processes."""
+"""What hangs on a run and on what it trained."""

@@ -121,19 +121,14 @@ def half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step_factor(step: int, steps: int, progress: float) -> float:
-    """A tenth after half and again after three quarters of all steps (He et al. 2016)."""
-    return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
-
-
-# `--schedule NAME`: the factor on the peak rate after warm-up, from the number of the step, of all steps, and the
-# progress from 0 at the end of warm-up to 1. "one_cycle", whose warm-up differs too, is below.
-SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
-    "cosine": lambda step, steps, progress: half_cosine(1, 0, progress),  # Loshchilov & Hutter 2017
-    "constant": lambda step, steps, progress: 1.0,
-    "linear": lambda step, steps, progress: max(0.0, 1 - progress),
-    "step": step_factor,
-    "one_cycle": lambda step, steps, progress: half_cosine(1, 1 / 25e4, min(1, progress)),  # Smith & Topin 2019
+# `--schedule NAME`: the factor on the peak rate after warm-up, from the part of what follows warm-up that is done, and
+# the part of all steps. "one_cycle" also warms up differently.
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "cosine": lambda progress, done: half_cosine(1, 0, progress),  # Loshchilov & Hutter 2017
+    "constant": lambda progress, done: 1.0,
+    "linear": lambda progress, done: max(0.0, 1 - progress),
+    "step": lambda progress, done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),  # He et al. 2016
+    "one_cycle": lambda progress, done: half_cosine(1, 1 / 25e4, min(1, progress)),  # Smith & Topin 2019
 }
 
 
@@ -152,7 +147,7 @@ def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: 
     def factor(step: int) -> float:
         if step < first:
             return half_cosine(1 / 25, 1, step / first) if name == "one_cycle" else (step + 1) / first
-        return SCHEDULES[name](step, steps, (step - first) / max(1, last - first))
+        return SCHEDULES[name]((step - first) / max(1, last - first), step / steps)
 
     return LambdaLR(optimizer, factor)
 

@@ -163,7 +163,7 @@ class Run:
     def stop_on_signals(self, runner: Runner) -> None:
         """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once."""
 
-        def stop(number, frame):
+        def stop(number, _frame):
             self.signals.append(number)
             runner.stop = True
             signal.signal(number, signal.SIG_DFL)
