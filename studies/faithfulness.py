@@ -1,6 +1,13 @@
-"""Are explanations faithful?  The deletion and insertion test, which `python explain.py --faithfulness` runs."""
+"""Are explanations faithful?  The deletion and insertion test: do heat maps name the patches that matter?
+
+    python -m studies.faithfulness                                # of saved/VisionTransformer.pt
+    python -m studies.faithfulness --checkpoint saved/CNN.pt
+
+Writes figures/faithfulness.json and .png. Of other models than VisionTransformer.pt the file's name is added.
+"""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +17,47 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
+from explain import choose_images, picture_path
+from runner import choose_device
+from support import cli
+from support.report import provenance, write_json
+from training.heatmaps import patch_grid, patch_scores
+from training.trained import load_model
+
+
+@dataclass
+class Config:
+    """Measure whether a saved model's heat maps name the patches that its accuracy rests on."""
+
+    checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
+    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    output_dir: str = "figures"  # the folder that picture and figures go to
+    device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
+    images: int = 1000  # test images
+    steps: int = 16  # in which all patches are removed
+    seed: int = 0  # of the choice of images, and of the random ranking
+
+
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
+    with cli.one_line_errors():
+        for name, least in (("images", 1), ("steps", 1), ("seed", 0)):
+            if getattr(config, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+        model = load_model(config.checkpoint, choose_device(config.device), config.model)
+        images, labels = choose_images(model, config.images, config.seed, config.data_dir)
+        size, _ = patch_grid(model, images)
+        report = measure(model, images, labels, patch_scores(model, images), size, config.steps, config.seed)
+        print(markdown_table(report))
+        dataset = model.metadata["dataset"]
+        report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
+        json_path, picture = (
+            picture_path(config.output_dir, "faithfulness", config.checkpoint, ending) for ending in ("json", "png")
+        )
+        write_json(json_path, {**report, "provenance": provenance()})
+        draw(report, picture, f"{model.title} on {dataset}")
+        print(f"wrote {json_path}, {picture}")
 
 
 def measure(
@@ -37,8 +85,8 @@ def measure(
 
     Returns:
         `images`, `patches`, `removed` (patches, at each point of a curve), and for every name `rankings[name]
-        ["deletion" or "insertion"]` with the curve `accuracy`, its `area`, and `versus_random`: the area less that of
-        the random ranking with the 95 % interval `[difference, low, high]` of the mean over images, paired. All are
+        ["deletion" or "insertion"]` with the curve `accuracy`, its `area`, and `versus_random`: the area minus that of
+        the random ranking, with the 95 % interval `[difference, low, high]` of the mean over images, paired. All are
         fractions.
     """
     random = torch.Generator().manual_seed(seed)
@@ -123,10 +171,8 @@ def draw(report: dict, path: Path, title: str) -> Figure:
     """Accuracy as patches are removed, the highest-ranked first and the lowest-ranked first."""
     colors = [utils.VERMILLION, "#CC79A7", utils.BLUE, utils.GREEN, "#E69F00"]  # of Okabe and Ito
     percent = [100 * count / report["patches"] for count in report["removed"]]
-    figure = utils.new_figure(960, 420, dpi=200)
     note = f"accuracy on {report['images']:,} test images; removed patches get the mean colour"
-    utils.add_text(figure, 14, 28, f"{title}: are the explanations faithful?", size=13, weight="bold")
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    figure = utils.new_figure(960, 420, f"{title}: are the explanations faithful?", note)
     for panel, (kind, heading) in enumerate(
         (("deletion", "highest-ranked first: lower is better"), ("insertion", "lowest-ranked first: higher is better"))
     ):
@@ -135,13 +181,14 @@ def draw(report: dict, path: Path, title: str) -> Figure:
             style = {"color": utils.DARK, "ls": "--"} if name == "random" else {"color": colors[i - 1]}
             accuracy = [100 * value for value in curves[kind]["accuracy"]]
             axes.plot(percent, accuracy, lw=1.8, label=f"{name}: {100 * curves[kind]['area']:.1f}", **style)
-        axes.set_title(heading, loc="left", size=10.5, color=utils.DARK)
-        axes.set_xlabel("patches removed, %", size=9.5, color=utils.DARK)
-        axes.set_ylabel("accuracy, %", size=9.5, color=utils.DARK)
-        axes.set(xlim=(0, 100), ylim=(0, 100))
+        axes.set_title(heading, size=10.5)
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="patches removed, %", ylabel="accuracy, %")
         place = "upper right" if kind == "deletion" else "lower left"
-        legend = axes.legend(loc=place, fontsize=9, frameon=False, labelcolor=utils.DARK, title="area under the curve")
-        legend.get_title().set(size=9, color=utils.DARK)
-        utils.tidy(axes)
+        axes.legend(loc=place, title="area under the curve", title_fontsize=9.5)
+        axes.grid()
     utils.save_figure(figure, path)
     return figure
+
+
+if __name__ == "__main__":
+    main()

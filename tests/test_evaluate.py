@@ -2,16 +2,16 @@
 
 import json
 import os
-import sys
 
 import pytest
 import sklearn.metrics
 import torch
+from conftest import DATA_DIR
+from helpers import run_main
 from PIL import Image
 
 import evaluate
 from network import CNN, FeedForward
-from tests.conftest import DATA_DIR
 
 
 @pytest.fixture
@@ -58,15 +58,26 @@ def test_every_image_is_in_one_of_fifteen_bins(predictions):
             assert row["low"] < row["confidence"] <= row["high"]
 
 
-def test_confusion_matrix_is_scikit_learns(predictions):
+def by_hand(probabilities, labels):
+    """Counts of images: a row for each right class, a column for each predicted one."""
+    matrix = torch.zeros(probabilities.shape[1], probabilities.shape[1], dtype=torch.long)
+    for label, prediction in zip(labels, probabilities.argmax(dim=1), strict=True):
+        matrix[label, prediction] += 1
+    return matrix
+
+
+def test_the_report_has_the_confusion_matrix_with_right_classes_as_rows(predictions, tmp_path):
     probabilities, labels = predictions
-    expected = sklearn.metrics.confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(5))
-    assert evaluate.confusion_matrix(probabilities, labels) == expected.tolist()
+    answers = evaluate.Answers("model", probabilities.log(), labels)
+    metadata = {"classes": list("abcde"), "dataset": "letters"}
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    report = evaluate.evaluate(answers, images, "model.pt", "Model", metadata, tmp_path / "model")
+    assert report["confusion_matrix"] == by_hand(probabilities, labels).tolist()
 
 
 def test_precision_and_recall_from_the_confusion_matrix(predictions):
     rows = evaluate.per_class(*predictions, classes=list("abcde"))
-    matrix = torch.tensor(evaluate.confusion_matrix(*predictions)).double()
+    matrix = by_hand(*predictions).double()
     for i, row in enumerate(rows[:4]):
         precision, recall = matrix[i, i] / matrix[:, i].sum(), matrix[i, i] / matrix[i].sum()
         assert row["class"] == "abcde"[i] and row["images"] == matrix[i].sum()
@@ -90,7 +101,7 @@ def test_mistakes_are_the_most_confident_first(tmp_path):
 def test_a_model_without_mistakes_can_be_drawn(tmp_path):
     probabilities, labels = two_classes([1.0, 1.0]), torch.zeros(2, dtype=torch.long)
     evaluate.draw_mistakes(torch.zeros(2, 3, 8, 8), probabilities, labels, ["cat", "dog"], tmp_path / "none.png", "")
-    matrix = evaluate.confusion_matrix(probabilities, labels)
+    matrix = by_hand(probabilities, labels).tolist()
     evaluate.draw_confusion(matrix, ["cat", "dog"], tmp_path / "confusion.png", "")
     assert (tmp_path / "none.png").exists() and (tmp_path / "confusion.png").exists()
 
@@ -99,11 +110,10 @@ def test_a_model_without_mistakes_can_be_drawn(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         try:
-            code = evaluate.main()
+            code = evaluate.main([*map(str, arguments)])
         except SystemExit as stop:
             code = stop.code
         return code or 0, *capsys.readouterr()
@@ -201,14 +211,9 @@ def save_models(tmp_path, digits, **metadata):
     return [str(tmp_path / "CNN.pt"), str(tmp_path / "FeedForward.pt")]
 
 
-def run_evaluate(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    evaluate.main()
-
-
-def test_ensemble_from_the_command_line(tmp_path, digits, monkeypatch, capsys):
+def test_ensemble_from_the_command_line(tmp_path, digits, capsys):
     paths = save_models(tmp_path, digits)
-    run_evaluate(monkeypatch, *paths, "--ensemble", "--output_dir", tmp_path)
+    run_main("evaluate.py", *paths, "--ensemble", "--output_dir", tmp_path)
     report = json.loads((tmp_path / "ensemble_digits.json").read_text())
     assert [row["name"] for row in report["members"]] == ["CNN", "FeedForward"]
     evaluation = json.loads((tmp_path / "ensemble_digits_evaluation.json").read_text())
@@ -218,7 +223,7 @@ def test_ensemble_from_the_command_line(tmp_path, digits, monkeypatch, capsys):
         assert Image.open(tmp_path / name).width > 500
 
 
-def test_ensembles_that_cannot_be(tmp_path, digits, monkeypatch, capsys):
+def test_ensembles_that_cannot_be(tmp_path, digits, capsys):
     paths = save_models(tmp_path, digits)
     other = tmp_path / "other" / "Other.pt"
     other.parent.mkdir()
@@ -229,16 +234,16 @@ def test_ensembles_that_cannot_be(tmp_path, digits, monkeypatch, capsys):
         ((paths[0], "--flip"), "mirrored digit"),
     ):
         with pytest.raises(SystemExit) as stop:
-            run_evaluate(monkeypatch, *flags, "--output_dir", tmp_path / "figures")
+            run_main("evaluate.py", *flags, "--output_dir", tmp_path / "figures")
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1
     assert not (tmp_path / "figures").exists()
 
 
-def test_flip_on_the_real_images(tmp_path, cifar10, monkeypatch, capsys):
+def test_flip_on_the_real_images(tmp_path, cifar10, capsys):
     data_dir = os.environ.get("DATA_DIR") or str(DATA_DIR or "data")
-    run_evaluate(
-        monkeypatch, "saved/CNN.pt", "--flip", "--output_dir", tmp_path, "--data_dir", data_dir, "--device", "cpu"
+    run_main(
+        "evaluate.py", "saved/CNN.pt", "--flip", "--output_dir", tmp_path, "--data_dir", data_dir, "--device", "cpu"
     )
     report = json.loads((tmp_path / "CNN_flip_evaluation.json").read_text())
     assert report["accuracy"] > 0.74 and "mirroring: +" in capsys.readouterr().out

@@ -2,13 +2,13 @@
 
 import io
 import json
-import sys
 
 import pytest
 import torch
 
 import export
-from network import CNN, FeedForward, Module, TimmModel, VisionTransformer
+from network import CNN, FeedForward, Model, VisionTransformer
+from training.models import TimmModel
 
 onnx = pytest.importorskip("onnx", reason="needs onnx, onnxscript and onnxruntime")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
@@ -23,7 +23,7 @@ def small_vit(**options) -> VisionTransformer:
     return model
 
 
-def with_metadata(model: Module, classes: int = 10) -> Module:
+def with_metadata(model: Model, classes: int = 10) -> Model:
     model.metadata = {"dataset": "digits", "classes": [f"class {i}" for i in range(classes)], "mean": MEAN, "std": STD}
     return model.eval()
 
@@ -32,7 +32,7 @@ def plain_images(n: int, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
 
 
-def expected_logits(model: Module, images: torch.Tensor) -> torch.Tensor:
+def expected_logits(model: Model, images: torch.Tensor) -> torch.Tensor:
     channels = [(images[:, i].double() / 255 - MEAN[i]) / STD[i] for i in range(3)]
     with torch.no_grad():
         return model(torch.stack(channels, dim=1).float())
@@ -44,11 +44,10 @@ def run_onnx(contents: bytes, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
         try:
-            code = export.main()
+            code = export.main([*map(str, arguments)])
         except SystemExit as stop:
             code = stop.code
         return code or 0, *capsys.readouterr()
@@ -56,7 +55,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def save(model: Module, path, digits, **changes):
+def save(model: Model, path, digits, **changes):
     model.save(path, **{"dataset": "digits", "classes": digits.classes, "mean": MEAN, "std": STD} | changes)
     return path
 

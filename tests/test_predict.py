@@ -2,7 +2,6 @@
 
 import io
 import struct
-import sys
 import zlib
 
 import numpy as np
@@ -154,11 +153,10 @@ def model(digits):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(capsys, tmp_path):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments), "--output_dir", str(tmp_path / "out")])
         try:
-            code = predict.main()
+            code = predict.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")])
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

@@ -356,7 +356,7 @@ def test_a_failing_write_keeps_the_old_picture(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         utils.draw_curves(METRICS, path, "A title")
     assert path.read_bytes() == b"old"
