@@ -14,9 +14,9 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from images.augment import import_torchvision
-from support.model import num_parameters
 from setup_cifar import Split, load_data
 from support import cli
+from support.model import num_parameters
 from training.optim import build_schedule
 
 

@@ -32,7 +32,10 @@ _args: list[str] = sys.argv[1:]
 
 
 def parse(
-    config_class: type[T], args: list[str] | None = None, dependent_defaults: Callable[[T], dict] | None = None
+    config_class: type[T],
+    args: list[str] | None = None,
+    dependent_defaults: Callable[[T], dict] | None = None,
+    remember: bool = True,
 ) -> T:
     """The dataclass `config_class` with the values that the flags give.
 
@@ -43,13 +46,16 @@ def parse(
         args: the flags; None takes the command line's.
         dependent_defaults: of a config, the values that take the place of defaults because of other flags: those of a
             preset, say.
+        remember: whether this is the program's own command line, which `command` gives and errors are named after.
     """
     global _program, _args
-    path = Path(inspect.getfile(config_class)).resolve()
-    in_folder = path.parent != ROOT and path.is_relative_to(ROOT)
-    _program = ["-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)] if in_folder else [path.name]
-    _args = list(sys.argv[1:] if args is None else args)
-    flags = [_with_underscores(arg) for arg in _args]
+    args = list(sys.argv[1:] if args is None else args)
+    if remember:
+        path = Path(inspect.getfile(config_class)).resolve()
+        in_folder = path.parent != ROOT and path.is_relative_to(ROOT)
+        _program = ["-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)] if in_folder else [path.name]
+        _args = args
+    flags = [_with_underscores(arg) for arg in args]
     parser = _build_parser(config_class)
     config = config_class(**_values(parser, flags))
     if dependent_defaults is not None:

@@ -1,15 +1,13 @@
 """Cross-validation: folds that share no image, stratified; resumed fold by fold; a mean and spread that are right."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_main
 
-import train
 from setup_cifar import DataError
-from studies import crossval
 
 
 def rows(split):
@@ -41,16 +39,15 @@ def test_folds_that_cannot_be(digits):
 FLAGS = "--dataset digits --model mlp --hidden_size 8 --epochs 1 --folds 3 --output_dir".split()
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["crossval.py", *map(str, flags)])
-    crossval.main()
+def run(*flags):
+    run_main("studies.crossval", *flags)
 
 
-def test_folds_are_trained_once_and_averaged(tmp_path, monkeypatch, capfd):
-    run(monkeypatch, *FLAGS, tmp_path)
+def test_folds_are_trained_once_and_averaged(tmp_path, capfd):
+    run(*FLAGS, tmp_path)
     out, _ = capfd.readouterr()
-    reports = [json.loads((tmp_path / f"saved/crossval_mlp_digits_fold{k}.json").read_text()) for k in range(3)]
-    assert [report["config"]["fold"] for report in reports] == [0, 1, 2]
+    reports = [json.loads((tmp_path / f"saved/studies/crossval_mlp_digits_fold{k}.json").read_text()) for k in range(3)]
+    assert [report["config"]["fold"] for report in reports] == ["0/3", "1/3", "2/3"]
     accuracies = [report["results"]["val_accuracy"] for report in reports]
     summary = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
     assert summary["val_accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
@@ -58,31 +55,24 @@ def test_folds_are_trained_once_and_averaged(tmp_path, monkeypatch, capfd):
     assert f"{np.mean(accuracies):.2%} ± {100 * np.std(accuracies, ddof=1):.2f}" in out
     assert (tmp_path / "figures/crossval_mlp_digits.png").read_bytes().startswith(b"\x89PNG")
 
-    last = tmp_path / "saved/crossval_mlp_digits_fold2"
+    last = tmp_path / "saved/studies/crossval_mlp_digits_fold2"
     for ending in (".json", ".pt", ".checkpoint"):  # as if it had been killed before the last fold
         last.with_suffix(ending).unlink()
     first = last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns
-    run(monkeypatch, *FLAGS, tmp_path)
+    run(*FLAGS, tmp_path)
     assert last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns == first
     again = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
     assert again["val_accuracy"] == summary["val_accuracy"]
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:  # what is stored is of another model
-        run(monkeypatch, *FLAGS, tmp_path, "--hidden_size", "9")
-    assert stop.value.code == 2 and "hidden_size was 8 and is 9" in capfd.readouterr().err
+        run(*FLAGS, tmp_path, "--hidden_size", "9")
+    assert stop.value.code == 2 and "with hidden_size 8 and not 9" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--folds", "1"), ("--fold", "2"), ("--folds", "100000")])
-def test_refused_in_one_line(tmp_path, monkeypatch, capfd, flags):
+@pytest.mark.parametrize("flags", [("--folds", "1"), ("--fold", "2/5"), ("--folds", "100000")])
+def test_refused_in_one_line(tmp_path, capfd, flags):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *FLAGS, tmp_path, *flags)
+        run(*FLAGS, tmp_path, *flags)
     error = capfd.readouterr().err
     assert stop.value.code == 2 and "fold" in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_train_refuses_a_fold_without_folds(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", f"train.py --dataset digits --fold 1 --output_dir {tmp_path}".split())
-    with pytest.raises(SystemExit):
-        train.main()
-    assert "--folds" in capfd.readouterr().err

@@ -1,21 +1,17 @@
 """Some of the classes, some of the labels, and what transfer.py makes of them."""
 
 import json
-import signal
-import sys
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import run_main, same_weights, train_small
 from PIL import Image
-from test_runner import same_weights
-from test_train import FIELDS, quick
 
-import evaluate
-import train
-from network import Module
-from setup_cifar import DataError
-from studies import transfer
+from images.loader import DataError
+from network import Model
+from studies import runs, transfer
 
 # ------------------------------------------------------------------------------------------------ classes and labels
 
@@ -61,13 +57,12 @@ def test_the_part_is_seeded_and_a_smaller_one_is_part_of_a_larger(digits):
     assert images(0.1, 0) < images(0.3, 0)
 
 
-def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, monkeypatch, capsys):
-    model = quick(tmp_path, *"--classes 3,1,5 --label_fraction 0.5 --batch_size 50 --epochs 2".split())
+def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, capsys):
+    model = train_small(tmp_path, *"--classes 3,1,5 --label_fraction 0.5 --batch_size 50 --epochs 2".split())
     assert "on digits, 3, 1, 5:" in capsys.readouterr().out
     path = tmp_path / "saved/VisionTransformer_digits_3_1_5.pt"
     assert model.metadata["classes"] == ["3", "1", "5"] and model.config["output_size"] == 3
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--output_dir", str(tmp_path)])
-    evaluate.main()
+    run_main("evaluate.py", path, "--output_dir", tmp_path)
     evaluated = json.loads((tmp_path / f"{path.stem}_evaluation.json").read_text())
     trained = json.loads(path.with_suffix(".json").read_text())["results"]
     assert evaluated["images"] < 150
@@ -83,39 +78,32 @@ def processes(monkeypatch):
     """Has train.py run in this process instead of one of its own, which saves importing torch; lists its flags."""
     started = []
 
-    def run(command):
+    def run(command, env):
         started.append(command[2:])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [str(part) for part in command[1:]])
-                train.main()
+            run_main("train.py", *command[2:])
         except SystemExit as stop:
             code = stop.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return SimpleNamespace(returncode=code)
+        return SimpleNamespace(returncode=code, poll=lambda: code, wait=lambda: code, terminate=lambda: None)
 
-    monkeypatch.setattr(transfer.subprocess, "run", run)
+    monkeypatch.setattr(runs.subprocess, "Popen", run)
     return started
 
 
-def run_transfer(monkeypatch, folder):
+def run_transfer(folder):
     flags = "--hidden_size 16 --num_heads 2 --num_blocks 1 --patch_size 8"
-    argv = ["transfer.py", "--dataset", "digits", "--epochs", "1", "--fractions", "0.1", "1.0", f"--flags={flags}"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(folder)])
-    transfer.main()
+    small = ["--dataset", "digits", "--epochs", "1", "--fractions", "0.1", "1.0", f"--flags={flags}"]
+    run_main("studies.transfer", *small, "--output_dir", folder)
 
 
-def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, monkeypatch, processes, capsys):
-    run_transfer(monkeypatch, tmp_path)
+def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, processes, capsys):
+    run_transfer(tmp_path)
     assert len(processes) == 1 + 2 * 3
-    saved = tmp_path / "saved"
-    source = Module.load(saved / "transfer_digits_source_seed0.pt")
+    saved = tmp_path / "saved" / "studies"
+    source = Model.load(saved / "transfer_digits_source_seed0.pt")
     assert source.metadata["classes"] == ["0", "1", "2", "3", "4", "5"]
-    models = {start: Module.load(saved / f"transfer_digits_{start}_10percent_seed0.pt") for start in transfer.STARTS}
+    models = {start: Model.load(saved / f"transfer_digits_{start}_10percent_seed0.pt") for start in transfer.STARTS}
     assert all(model.metadata["classes"] == ["6", "7", "8", "9"] for model in models.values())
     assert same_weights(models["frozen"].blocks, source.blocks)
     assert not same_weights(models["transfer"].blocks, source.blocks)
@@ -133,36 +121,34 @@ def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, monkeypat
         assert picture.width > 1000
     weights = {path: path.read_bytes() for path in saved.glob("*.pt")}
     processes.clear()
-    run_transfer(monkeypatch, tmp_path)
-    assert all(flags[-1] == "--resume" for flags in processes)
-    assert "this run has finished" in capsys.readouterr().out
+    run_transfer(tmp_path)
+    assert processes == []
+    assert "0 to train" in capsys.readouterr().out
     assert weights == {path: path.read_bytes() for path in saved.glob("*.pt")}
 
 
-def test_a_run_that_fails_ends_transfer_with_its_code(tmp_path, monkeypatch, processes, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["transfer.py", "--dataset", "digits", "--flags=--num_heads 5", "--output_dir", str(tmp_path)]
-    )
+def test_without_the_source_nothing_else_is_trained(tmp_path, processes, capsys):
     with pytest.raises(SystemExit) as stop:
-        transfer.main()
+        run_main("studies.transfer", "--dataset", "digits", "--flags=--num_heads 5", "--output_dir", tmp_path)
     assert stop.value.code == 2 and len(processes) == 1
-    assert "num_heads 5" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "num_heads 5" in error and "no run of this study is stored" in error
 
 
 def test_summaries_are_means_over_seeds():
-    runs = [
-        {"start": start, "images": 10, "results": {"test_accuracy": accuracy}}
+    stored = [
+        {"start": start, "images": 10, "accuracy": accuracy}
         for start, accuracies in {"scratch": (0.5, 0.7), "transfer": (0.8, 0.8), "frozen": (0.1, 0.2)}.items()
         for accuracy in accuracies
     ]
-    table = transfer.summarise([{"start": "source", "results": {"test_accuracy": 0.0}}, *runs])
-    assert [(row["start"], row["accuracy"], row["runs"]) for row in table] == [
+    table = transfer.summarise(stored)
+    assert [(row.start, row.accuracy, row.runs) for row in table.itertuples()] == [
         ("scratch", pytest.approx(0.6), 2),
         ("transfer", pytest.approx(0.8), 2),
         ("frozen", pytest.approx(0.15), 2),
     ]
-    assert table[0]["std"] == pytest.approx(0.02**0.5)
-    assert "| from scratch | 60.0% ± 14.1 |" in transfer.markdown_table(table)
+    assert table["std"][0] == pytest.approx(0.02**0.5)
+    assert "from scratch | 60.0% ± 14.1 |" in re.sub(" +", " ", transfer.as_markdown(table))
 
 
 @pytest.mark.parametrize(
@@ -176,9 +162,8 @@ def test_fewer_images_get_more_epochs_and_smaller_batches(images, fraction, expe
 @pytest.mark.parametrize("flags", ["--fractions 0", "--fractions 2", "--epochs 0", "--seeds 0", "--dataset mnist"])
 def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["transfer.py", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        transfer.main()
+        run_main("studies.transfer", *flags.split())
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +171,6 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags)
 def test_the_names_of_all_classes_are_those_of_the_data(digits):
     for task in transfer.TASKS["digits"]:
         assert set(task.split(",")) < set(digits.classes)
-    assert FIELDS["classes"] is None
 
 
 def test_cifar10s_animals_and_vehicles_are_its_classes(cifar10):

@@ -1,0 +1,209 @@
+"""Runs of train.py for a study: what is stored is read, what is missing is trained, what was interrupted goes on.
+
+Every study names its runs and the flags that make them; here is all that it takes to have them.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from tqdm import tqdm
+
+import train
+from support import cli
+from support.files import CheckpointError
+from support.report import provenance, write_json
+from training.checkpoints import is_of_interrupted_run
+from training.run import RunOptions
+
+Runs = dict[str, str]  # name -> flags to train.py
+
+
+@dataclass
+class StudyOptions:
+    """What every study can be told."""
+
+    # the study
+    dataset: Literal["cifar10", "digits"] = "cifar10"  # what all are trained on
+    data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
+    output_dir: str = "."  # the folder that saved/studies/ and figures/ are in
+    jobs: int = 1  # trainings at a time; the cores are shared out among them
+    train: bool = True  # train what is missing; --no_train only draws what is stored
+
+    @property
+    def saved(self) -> Path:
+        return Path(self.output_dir) / "saved" / "studies"
+
+    @property
+    def figures(self) -> Path:
+        return Path(self.output_dir) / "figures"
+
+    @property
+    def suffix(self) -> str:
+        """Data other than CIFAR-10 appears in the names of files."""
+        return "" if self.dataset == "cifar10" else f"_{self.dataset}"
+
+
+def require_positive(config: StudyOptions, *names: str) -> None:
+    """
+    Raises:
+        ValueError: one of these fields, or `jobs`, is below 1.
+    """
+    for name in (*names, "jobs"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
+    """Train each run that is not stored, one that was interrupted from where it was; returns the names of those that
+    failed.
+
+    Raises:
+        ValueError: a stored run was trained with other hyperparameters than its flags say.
+    """
+    missing = {}
+    for name, flags in runs.items():
+        if (options.saved / f"{name}.json").exists():
+            require_same_hyperparameters(name, flags, options)
+            continue
+        missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]
+        missing[name] += ["--output_dir", options.output_dir, "--gif_frames", "0"]
+        if is_of_interrupted_run(options.saved / f"{name}.checkpoint"):
+            missing[name].append("--resume")
+    print(f"{len(runs)} runs asked for, {len(runs) - len(missing)} of them stored, {len(missing)} to train", flush=True)
+    return run_all(missing, options) if missing else []
+
+
+def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
+    config = dataclasses.asdict(cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False))
+    stored = read_report(name, options)["config"]
+    free = {field.name for field in dataclasses.fields(RunOptions)} | {"preset", "fold"}
+    different = [
+        f"{key} {stored[key]!r} and not {value!r}"
+        for key, value in config.items()
+        if key not in free and key in stored and value not in ("auto", stored[key])
+    ]
+    if config["fold"] != stored.get("fold") and config["fold"] is not None:
+        different.append(f"fold {stored.get('fold')!r} and not {config['fold']!r}")
+    if different:
+        raise ValueError(
+            f"{options.saved / name}.json was trained with {', '.join(different)}: choose another --output_dir, or "
+            "delete it and train again"
+        )
+
+
+def run_all(commands: dict[str, list[str]], options: StudyOptions) -> list[str]:
+    """Run the commands, `options.jobs` at a time; returns the names of those that failed.
+
+    One at a time they write to the terminal; several at a time each writes to saved/studies/<name>.log. Ctrl-C and
+    SIGTERM stop the trainings with a checkpoint.
+    """
+    environment, quietly = dict(os.environ), options.jobs > 1
+    if options.data_dir is not None:  # not as a flag: a report that is published need not say where data lay
+        environment["DATA_DIR"] = options.data_dir
+    if quietly:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+    options.saved.mkdir(parents=True, exist_ok=True)
+    waiting, running, failed = list(commands), {}, []
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        with tqdm(total=len(waiting), desc="runs", unit="run", disable=not quietly) as bar:
+            while waiting or running:
+                while waiting and len(running) < options.jobs:
+                    name = waiting.pop(0)
+                    tqdm.write(f"started {name}" if quietly else f"\n{name}, {len(waiting)} more after it")
+                    running[name] = _start(commands[name], environment, options.saved / f"{name}.log", quietly)
+                time.sleep(0.05)
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    bar.update()
+                    if running.pop(name).returncode or not (options.saved / f"{name}.json").exists():
+                        failed.append(name)
+                        why = f": {_last_line(options.saved / f'{name}.log')}" if quietly else ""
+                        tqdm.write(f"FAILED {name}{why}")
+    except (KeyboardInterrupt, SystemExit):
+        print("\nstopping; the same command goes on from here", file=sys.stderr)
+        if os.name == "posix":  # on Windows this would kill; there Ctrl-C reaches the trainings by itself
+            for process in running.values():
+                process.terminate()
+        raise
+    finally:
+        for process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> subprocess.Popen:
+    if not quietly:
+        return subprocess.Popen(command, env=environment)
+    with open(log, "w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+# ------------------------------------------------------------------------------------------- what is stored, and shown
+
+NEEDED = {  # of a report
+    "results": ("parameters", "val_accuracy", "test_loss", "test_accuracy", "training_seconds"),
+    "config": ("epochs", "seed"),
+    "provenance": ("machine", "threads", "accelerator", "torch"),
+    "metrics": ("val_loss", "val_accuracy", "val_step"),
+}
+
+
+def read_report(name: str, options: StudyOptions) -> dict:
+    """What train.py stored of a run.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = options.saved / f"{name}.json"
+    try:
+        report = json.loads(path.read_text())
+        whole = all(key in report[part] for part, keys in NEEDED.items() for key in keys)
+        whole = whole and len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: delete it and train again")
+    return report
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of rows of texts by column; the first column and commands are set to the left."""
+    frame = pd.DataFrame(rows).fillna("")
+    align = ["left" if i == 0 or name == "command" else "right" for i, name in enumerate(frame.columns)]
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def write_study(prefix: Path, text: str, config: StudyOptions, **results) -> list[Path]:
+    """Print the tables and write them as <prefix>.md, with everything as <prefix>.json; returns both paths."""
+    print(f"\n{text}\n")
+    paths = [prefix.with_name(prefix.name + ending) for ending in (".md", ".json")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    paths[0].write_text(text + "\n", encoding="utf-8")
+    write_json(paths[1], {"config": dataclasses.asdict(config), **results, "provenance": provenance()})
+    return paths
+
+
+def finish(written: list[Path], failed: list[str]) -> None:
+    """Say what was written, and end with exit code 1 where a run could not be trained."""
+    print("wrote " + ", ".join(map(str, written)))
+    if failed:
+        cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
