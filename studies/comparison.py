@@ -1,15 +1,17 @@
 """What the runs of the study say: a row for each model, its difference from the CNN, and the answers in words.
 
-Accuracies are fractions, differences are the model's accuracy less the CNN's of the same recipe. Two kinds of chance
-are kept apart. Intervals and p values are about the test images: what others of their kind would have given. Standard
-deviations over seeds are about training: what another run would have given.
+Accuracies are fractions, differences are the model's accuracy minus the CNN's under the same recipe. Two kinds of
+chance are kept apart. Intervals and p values are about the test images: what others of their kind would have given.
+Standard deviations over seeds are about training: what another run would have given.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
+from studies.runs import markdown
 from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
@@ -55,13 +57,9 @@ def mean_correct(runs: list[Run]) -> np.ndarray:
     return np.mean([run.correct for run in runs], axis=0)
 
 
-def mean_result(runs: list[Run], name: str) -> float:
-    return float(np.mean([run.report["results"][name] for run in runs]))
-
-
 def deviation(values: list[float]) -> float | None:
     """Standard deviation of the sample; None of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return pd.Series(values).std() if len(values) > 1 else None
 
 
 def summarise(runs: list[Run], rows: list[tuple[str, str, str]], epochs: int) -> dict:
@@ -93,6 +91,8 @@ def summarise_model(runs: list[Run]) -> dict:
     """A row of the table: means over the runs of one model under one recipe."""
     accuracies = [float(run.correct.mean()) for run in runs]
     accuracy = float(np.mean(accuracies))
+    results = pd.DataFrame([run.report["results"] for run in runs])
+    means = results[["training_seconds", "val_accuracy", "test_loss"]].mean().to_dict()
     return {
         "recipe": runs[0].recipe,
         "model": runs[0].model,
@@ -100,9 +100,7 @@ def summarise_model(runs: list[Run]) -> dict:
         "seeds": [run.seed for run in runs],
         "parameters": runs[0].report["results"]["parameters"],
         "flops": int(runs[0].flops),
-        "training_seconds": mean_result(runs, "training_seconds"),
-        "val_accuracy": mean_result(runs, "val_accuracy"),
-        "test_loss": mean_result(runs, "test_loss"),
+        **means,
         "test_accuracy": accuracy,
         "interval": wilson(accuracy, len(runs[0].correct)),
         "test_accuracies": accuracies,
@@ -184,9 +182,9 @@ def answers(study: dict) -> list[str]:
     for recipe in dict.fromkeys(row["recipe"] for row in study["differences"]):
         rows = [row for row in study["differences"] if row["recipe"] == recipe]
         phrases = []
-        for verdict in ("above", "below", "not to be told apart from"):
+        for verdict in ("above the CNN", "below the CNN", CANNOT_TELL):
             names = [f"{row['title']} ({points(row['difference'])})" for row in rows if judge(row) == verdict]
-            phrases += [f"{verdict} the CNN: {', '.join(names)}"] if names else []
+            phrases += [f"{verdict}: {', '.join(names)}"] if names else []
         sentences.append(f"**Equal epochs ({study['epochs']}), {recipe}:** {'; '.join(phrases)}.")
         phrases = []
         for row in rows:
@@ -197,36 +195,39 @@ def answers(study: dict) -> list[str]:
                 difference = points(then["accuracy"] - then["reference_accuracy"])
             phrases.append(f"{row['title']} {difference} at {clock(then['seconds'])}")
         sentences.append(
-            f"**Equal training time, {recipe}:** validation accuracy less the CNN's, when the quicker of the two had "
+            f"**Equal training time, {recipe}:** validation accuracy minus the CNN's, when the quicker of the two had "
             f"ended its training: {', '.join(phrases)}."
         )
         for row in rows:
             if abs(row["parameter_ratio"] - 1) < 0.1:
                 sentences.append(
                     f"**Equal parameters, {recipe}:** {row['title']}, with {row['parameter_ratio']:.2f} times the "
-                    f"CNN's parameters, is {judge(row)} the CNN ({points(row['difference'])}, {interval(row['bca'])})."
+                    f"CNN's parameters: {judge(row)} ({points(row['difference'])}, {interval(row['bca'])})."
                 )
     verdicts = {(row["recipe"], row["model"]): row for row in study["differences"]}
     turned = []
     for (recipe, model), row in verdicts.items():
         if recipe == "plain" and model.startswith("vit") and ("default", model) in verdicts:
             after = verdicts["default", model]
-            answer = "yes" if (judge(row), judge(after)) == ("below", "above") else "no"
+            answer = "yes" if (judge(row), judge(after)) == ("below the CNN", "above the CNN") else "no"
             turned.append(f"{row['title']} {points(row['difference'])} and {points(after['difference'])}, {answer}")
     if turned:
         sentences.append(
-            f"**Does the recipe turn it round?** Less the CNN's, plain and default: {'; '.join(turned)}. The two "
+            f"**Does the recipe turn it round?** Minus the CNN's, plain and default: {'; '.join(turned)}. The two "
             "recipes differ in more than augmentation: in optimiser, schedule, label smoothing, weight decay and "
             "pooling too."
         )
     return sentences
 
 
+CANNOT_TELL = "cannot be told apart from the CNN"
+
+
 def judge(row: dict) -> str:
     """Above or below the CNN where Holm's p value is below 0.05."""
     if row["p_holm"] >= 0.05:
-        return "not to be told apart from"
-    return "above" if row["difference"] > 0 else "below"
+        return CANNOT_TELL
+    return "above the CNN" if row["difference"] > 0 else "below the CNN"
 
 
 def points(difference: float) -> str:
@@ -248,61 +249,59 @@ def p_text(p: float) -> str:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def markdown(study: dict, dataset: str) -> str:
+def as_markdown(study: dict, dataset: str) -> str:
     """The table, the differences from the CNN, the answers, and how to read them."""
-    images, known = f"{study['images']:,}", dataset == "CIFAR-10"
-    lines = [
-        f"### {dataset}, {study['epochs']} epochs, {images} test images",
-        "",
-        "| model | recipe | seeds | parameters | MFLOPs per image | training, s | test loss | test accuracy "
-        "| 95 % interval | SD over seeds |" + (" earlier code |" if known else ""),
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if known else ""),
-    ]
-    for row in study["rows"]:
-        low, high = row["interval"]
-        cells = [
-            row["title"],
-            row["recipe"],
-            str(len(row["seeds"])),
-            f"{row['parameters']:,}",
-            f"{row['flops'] / 1e6:.1f}",
-            f"{row['training_seconds']:,.0f}" if row["training_seconds"] >= 10 else f"{row['training_seconds']:.1f}",
-            f"{row['test_loss']:.3f}",
-            f"**{100 * row['test_accuracy']:.1f} %**",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            percent_or_nothing(row["seed_deviation"], 2),
-            *([percent_or_nothing(EARLIER.get(row["model"]))] if known else []),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    known = dataset == "CIFAR-10"
+    lines = [f"### {dataset}, {study['epochs']} epochs, {study['images']:,} test images", ""]
+    lines.append(markdown([row_of_accuracy(row, known) for row in study["rows"]]))
     if study["differences"]:
-        lines += [
-            "",
-            "Test accuracy less that of the CNN under the same recipe, in percentage points:",
-            "",
-            "| model | recipe | difference | 95 %, percentile | 95 %, BCa | SD over seeds | McNemar's p | Holm's p |",
-            "|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-    for row in study["differences"]:
-        cells = [row["title"], row["recipe"], f"**{points(row['difference'])}**", interval(row["percentile"])]
-        cells += [interval(row["bca"]), percent_or_nothing(row["seed_deviation"], 2)]
-        cells += [p_text(row["p"]), p_text(row["p_holm"])]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "Test accuracy minus that of the CNN under the same recipe, in percentage points:", ""]
+        lines.append(markdown([row_of_difference(row) for row in study["differences"]]))
     lines += ["", *(f"* {sentence}" for sentence in study["answers"])]
     if study["missing"]:
         lines.append(f"* **Missing:** {'; '.join(study['missing'])}.")
-    lines += [
-        "",
-        "Means over seeds. Intervals (Wilson's of an accuracy, the paired bootstrap's of a difference, 10,000 "
-        "resamples) and p values say what other test images would have given; SD over seeds, what another run would. "
-        "McNemar's test is exact, seed by seed, and the largest p counts, which errs on the side of no difference; "
-        "Holm's correction is over all rows. At equal training time the slower model is in the middle of its run: "
-        "planned for that time, with a schedule that has cooled down by then, it would do better. FLOPs of a forward "
-        "pass, a multiplication and an addition counted as "
-        "two. Training seconds without validation, on " + "; ".join(study["machines"]) + ".",
-    ]
-    if known:
-        lines[-1] += " Earlier code's ViTs had 3 heads and 10 blocks; here all but the small one have 4 and 4."
-    return "\n".join(lines)
+    earlier = " Earlier code's ViTs had 3 heads and 10 blocks; here all but the small one have 4 and 4." * known
+    return "\n".join([*lines, "", HOW_TO_READ + "; ".join(study["machines"]) + "." + earlier])
+
+
+HOW_TO_READ = (
+    "Means over seeds. Intervals (Wilson's of an accuracy, the paired bootstrap's of a difference, 10,000 resamples) "
+    "and p values say what other test images would have given; SD over seeds, what another run would. McNemar's test "
+    "is exact, seed by seed, and the largest p counts, which errs on the side of no difference; Holm's correction is over "
+    "all rows. At equal training time the slower model is in the middle of its run: planned for that time, with a "
+    "schedule that has cooled down by then, it would do better. FLOPs of a forward pass, a multiplication and an "
+    "addition counted as two. Training seconds without validation, on "
+)
+
+
+def row_of_accuracy(row: dict, known: bool) -> dict[str, str]:
+    seconds = row["training_seconds"]
+    return {
+        "model": row["title"],
+        "recipe": row["recipe"],
+        "seeds": str(len(row["seeds"])),
+        "parameters": f"{row['parameters']:,}",
+        "MFLOPs per image": f"{row['flops'] / 1e6:.1f}",
+        "training, s": f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
+        "test loss": f"{row['test_loss']:.3f}",
+        "test accuracy": f"**{100 * row['test_accuracy']:.1f} %**",
+        "95 % interval": " to ".join(f"{100 * end:.1f}" for end in row["interval"]),
+        "SD over seeds": percent_or_nothing(row["seed_deviation"], 2),
+        **({"earlier code": percent_or_nothing(EARLIER.get(row["model"]))} if known else {}),
+    }
+
+
+def row_of_difference(row: dict) -> dict[str, str]:
+    return {
+        "model": row["title"],
+        "recipe": row["recipe"],
+        "difference": f"**{points(row['difference'])}**",
+        "95 %, percentile": interval(row["percentile"]),
+        "95 %, BCa": interval(row["bca"]),
+        "SD over seeds": percent_or_nothing(row["seed_deviation"], 2),
+        "McNemar's p": p_text(row["p"]),
+        "Holm's p": p_text(row["p_holm"]),
+    }
 
 
 def percent_or_nothing(fraction: float | None, digits: int = 1) -> str:

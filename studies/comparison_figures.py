@@ -70,8 +70,8 @@ def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
     recipes = list(dict.fromkeys(run.recipe for run in runs))
     unit, unit_name = clock_unit(max(run.report["val_seconds"][-1] for run in runs))
     width, height, first = 440, 190, 108 if len(recipes) > 1 else 128
-    figure = utils.new_figure(max(70 + width * len(recipes), 620), first + 4 * (height + 66), dpi=200)
-    utils.add_text(figure, 14, 28, f"Validation on {dataset}, mean and range over seeds", size=13, weight="bold")
+    title = f"Validation on {dataset}, mean and range over seeds"
+    figure = utils.new_figure(max(70 + width * len(recipes), 620), first + 4 * (height + 66), title)
     handles = [
         Line2D([], [], color=STYLES[model][0], marker=STYLES[model][1], markersize=5, label=title)
         for model, title in dict.fromkeys((run.model, run.title) for run in runs)
@@ -81,9 +81,6 @@ def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
         loc="upper left",
         bbox_to_anchor=(6 / figure.get_figwidth() / 100, 1 - 36 / figure.get_figheight() / 100),
         ncols=7 if len(recipes) > 1 else 4,
-        fontsize=9,
-        frameon=False,
-        labelcolor=utils.DARK,
         handletextpad=0.4,
         columnspacing=1.2,
     )
@@ -96,12 +93,12 @@ def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
             for (its_recipe, model), members in groups.items():
                 if its_recipe == recipe:
                     draw_curve(axes, members, model, metric, against, unit)
-            utils.tidy(axes)
-            axes.set_xlabel("optimiser step" if against == "step" else f"training time, {unit_name}", size=9.5)
+            axes.grid()
+            axes.set_xlabel("optimiser step" if against == "step" else f"training time, {unit_name}")
             if row == 0:
-                axes.set_title(f"recipe: {recipe}", loc="left", size=11, weight="bold", color=utils.DARK)
+                axes.set_title(f"recipe: {recipe}", size=11, weight="bold")
             if column == 0:
-                axes.set_ylabel("accuracy, %" if metric == "accuracy" else "loss", size=9.5, color=utils.DARK)
+                axes.set_ylabel("accuracy, %" if metric == "accuracy" else "loss")
                 axes.yaxis.set_label_coords(-44 / (width - 50), 0.5)
             if against == "time":
                 logarithmic_time(axes, (1, 3))
@@ -137,13 +134,12 @@ def draw_bootstrap(study: dict, path: Path, dataset: str) -> Figure:
     recipes = recipes_of(study["differences"])
     blocks = [[row for row in study["differences"] if row["recipe"] == recipe] for recipe in recipes]
     row_height, left, width = 44, 150, 540
-    figure = utils.new_figure(940, 84 + sum(64 + row_height * len(rows) for rows in blocks) + 10, dpi=200)
-    utils.add_text(figure, 14, 28, f"Test accuracy less that of the CNN, {dataset}", size=13, weight="bold")
     note = (
         f"Hills: 10,000 paired resamples of the {study['images']:,} test images. Bars: 95 % interval (BCa). "
         "Small dots: single seeds. p: McNemar's, after Holm."
     )
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    height = 94 + sum(64 + row_height * len(rows) for rows in blocks)
+    figure = utils.new_figure(940, height, f"Test accuracy minus that of the CNN, {dataset}", note)
     values = [value for row in study["differences"] for value in (*row["bca"], *row["by_seed"], row["difference"], 0)]
     margin = 0.06 * (max(values) - min(values)) + 0.002
     top = 92
@@ -155,20 +151,18 @@ def draw_bootstrap(study: dict, path: Path, dataset: str) -> Figure:
                 1.02,
                 i,
                 f"{points(row['difference'])}  ({interval(row['bca'])}), p {equals(p_text(row['p_holm']))}",
-                size=9.5,
-                color=utils.DARK,
                 va="center_baseline",
                 transform=axes.get_yaxis_transform(),
             )
         axes.axvline(0, color=STYLES[REFERENCE][0], lw=1.2)
-        utils.tidy(axes)
-        axes.set_title(f"recipe: {recipe}", loc="left", size=11, weight="bold", color=utils.DARK)
+        axes.grid()
+        axes.set_title(f"recipe: {recipe}", size=11, weight="bold")
         axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set(ylim=(len(rows) - 0.45, -0.75), xlim=(100 * (min(values) - margin), 100 * (max(values) + margin)))
         top += row_height * len(rows) + 64
-    axes.set_xlabel("percentage points; the line at 0 is the CNN", size=9.5, color=utils.DARK)
+    axes.set_xlabel("percentage points; the line at 0 is the CNN")
     utils.save_figure(figure, path)
     return figure
 
@@ -199,10 +193,8 @@ def equals(p: str) -> str:
 def draw_time(study: dict, path: Path, dataset: str) -> Figure:
     """Test accuracy against training time; a line leads from each model's plain recipe to its default one."""
     unit, unit_name = clock_unit(max(row["training_seconds"] for row in study["rows"]))
-    figure = utils.new_figure(900, 470, dpi=200)
-    utils.add_text(figure, 14, 28, f"Test accuracy against training time, {dataset}", size=13, weight="bold")
     note = f"{study['epochs']} epochs, means over seeds; bars: 95 % interval over test images"
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    figure = utils.new_figure(900, 470, f"Test accuracy against training time, {dataset}", note)
     axes = utils.add_axes(figure, 62, 70, 620, 340)
     recipes = recipes_of(study["rows"])
     last = recipes[-1]  # has full markers, those before it have hollow ones
@@ -218,10 +210,9 @@ def draw_time(study: dict, path: Path, dataset: str) -> Figure:
             axes.plot([x, x], [100 * end for end in row["interval"]], color=color, lw=1.6)
             face = color if row["recipe"] == last else "white"
             axes.plot(x, y, marker, color=color, markersize=9, markerfacecolor=face)
-    utils.tidy(axes)
+    axes.grid()
     logarithmic_time(axes)
-    axes.set_xlabel(f"training time, {unit_name} (logarithmic)", size=9.5, color=utils.DARK)
-    axes.set_ylabel("test accuracy, %", size=9.5, color=utils.DARK)
+    axes.set(xlabel=f"training time, {unit_name} (logarithmic)", ylabel="test accuracy, %")
     handles = [
         Line2D([], [], color=STYLES[model][0], marker=STYLES[model][1], ls="", markersize=8, label=rows[0]["title"])
         for model, rows in models.items()
@@ -232,7 +223,7 @@ def draw_time(study: dict, path: Path, dataset: str) -> Figure:
         for recipe in recipes
         for face in [utils.DARK if recipe == last else "white"]
     ]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9.5, frameon=False)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
     utils.save_figure(figure, path)
     return figure
 
@@ -247,15 +238,11 @@ def draw_classes(study: dict, path: Path, dataset: str) -> Figure:
     models = [model for model in STYLES if any(row["model"] == model for row in rows)]
     classes = list(rows[0]["only_model"])
     width, height, left, top = 138, 20 * len(classes), 30 + 8 * max(map(len, classes)), 104
-    figure = utils.new_figure(
-        max(left + width * len(models) + 10, 800), top + len(recipes) * (height + 80) - 40, dpi=200
-    )
-    utils.add_text(figure, 14, 28, f"Who gets which classes, {dataset}", size=13, weight="bold")
     note = (
-        "Percent of each class's test images. To the left: only the CNN is right; to the right: only the other model. "
+        "Percent of each class's test images. To the left: only the CNN is right; to the right: only the other model."
     )
-    note += "Black: net."
-    utils.add_text(figure, 14, 48, note, size=9.5)
+    size = max(left + width * len(models) + 10, 800), top + len(recipes) * (height + 80) - 40
+    figure = utils.new_figure(*size, f"Who gets which classes, {dataset}", f"{note} Black: net.")
     limit = 100 * max(
         value for row in rows for side in ("only_model", "only_reference") for value in row[side].values()
     )
@@ -273,8 +260,8 @@ def draw_classes(study: dict, path: Path, dataset: str) -> Figure:
             axes.barh(range(len(classes)), -lost, height=0.8, color=STYLES[REFERENCE][0])
             axes.plot(gained - lost, range(len(classes)), "|", color=utils.DARK, markersize=9, markeredgewidth=2)
             axes.axvline(0, color=utils.DARK, lw=0.8)
-            utils.tidy(axes)
-            axes.set_title(row["title"], loc="left", size=9.5, color=utils.DARK)
+            axes.grid()
+            axes.set_title(row["title"])
             axes.set(xlim=(-limit, limit), ylim=(len(classes) - 0.5, -0.5))
             axes.set_xticks([-tick, 0, tick], [f"{tick:g}", "0", f"{tick:g}"])
             axes.set_yticks(range(len(classes)), classes if j == 0 else [""] * len(classes))

@@ -198,7 +198,10 @@ def write_study(prefix: Path, text: str, config: StudyOptions, **results) -> lis
     paths = [prefix.with_name(prefix.name + ending) for ending in (".md", ".json")]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     paths[0].write_text(text + "\n", encoding="utf-8")
-    write_json(paths[1], {"config": dataclasses.asdict(config), **results, "provenance": provenance()})
+    # where things lie on a machine is nobody's business
+    local = {field.name for field in dataclasses.fields(StudyOptions)} - {"dataset"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
+    write_json(paths[1], {"config": settings, **results, "provenance": provenance()})
     return paths
 
 

@@ -1,16 +1,16 @@
 """The study: the whole command on digits, its statistics on known cases, and results made up to try the rest."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,38 +19,32 @@ import pytest
 import scipy.stats
 import torch
 from filelock import FileLock
+from helpers import run_main, start
 from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 import train
-from network import CNN, FeedForward, Module, VisionTransformer
-from studies import compare, comparison
+from network import CNN, FeedForward, Model, VisionTransformer
+from studies import compare, comparison, runs
 from support import cli
 from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
+from training.models import build_model
 
 FIGURES = ("curves", "time", "bootstrap", "classes")
 
 
-def start(*args):
-    """`python compare.py` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, compare.__file__, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def run_study(*args):
+    run_main("studies.compare", *args)
 
 
-def run_main(*args):
-    """The same in this process."""
-    with mock.patch.object(sys, "argv", ["compare.py", *map(str, args)]):
-        compare.main()
-
-
-def contents(folder):
+def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def even(table):
+    """A Markdown table without the spaces that make its columns even."""
+    return re.sub(" +", " ", table)
 
 
 # ------------------------------------------------------------------------------------------------ the whole command
@@ -64,7 +58,7 @@ def finished(tmp_path_factory):
     """Two models under both recipes, two trainings at a time."""
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        run_main(*DIGITS, folder, "--jobs", 2)
+        run_study(*DIGITS, folder, "--jobs", 2)
     study = json.loads((folder / "figures/model_comparison_digits.json").read_text())
     return SimpleNamespace(folder=folder, printed=printed.getvalue(), study=study)
 
@@ -72,7 +66,7 @@ def finished(tmp_path_factory):
 def test_the_command_trains_tests_and_draws(finished):
     for name in NAMES:
         for ending in (".pt", ".json", ".npz"):
-            assert (finished.folder / "saved" / (name + ending)).exists()
+            assert (finished.folder / "saved" / "studies" / (name + ending)).exists()
     for what in FIGURES:
         with Image.open(finished.folder / f"figures/model_comparison_digits_{what}.png") as picture:
             assert picture.width >= 1200
@@ -91,12 +85,12 @@ def test_the_command_trains_tests_and_draws(finished):
 
 def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digits):
     for name, row in zip(NAMES, finished.study["rows"], strict=True):
-        model = Module.load(finished.folder / f"saved/{name}.pt")
-        report = json.loads((finished.folder / f"saved/{name}.json").read_text())
+        model = Model.load(finished.folder / f"saved/studies/{name}.pt")
+        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text())
         mean, std = (torch.tensor(model.metadata[what]).view(1, 3, 1, 1) for what in ("mean", "std"))
         with torch.no_grad():
             logits = model((digits.test.images / 255 - mean) / std).double()
-        with np.load(finished.folder / f"saved/{name}.npz") as stored:
+        with np.load(finished.folder / f"saved/studies/{name}.npz") as stored:
             answers = dict(stored)
         assert (answers["correct"] == (logits.argmax(dim=1) == digits.test.labels).numpy()).all()
         assert (answers["labels"] == digits.test.labels.numpy()).all() and list(answers["classes"]) == digits.classes
@@ -108,7 +102,7 @@ def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digi
 
 
 def test_recipes_are_what_they_are_called(finished):
-    reports = [json.loads((finished.folder / f"saved/{name}.json").read_text()) for name in NAMES]
+    reports = [json.loads((finished.folder / f"saved/studies/{name}.json").read_text()) for name in NAMES]
     plain = {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "warmup": 0.0, "augment": "none"}
     plain |= {"label_smoothing": 0.0, "weight_decay": 0.0, "pooling": "cls", "batch_size": 128}
     sizes = {"hidden_size": 64, "num_heads": 4, "num_blocks": 4, "epochs": 1}
@@ -123,22 +117,22 @@ def test_recipes_are_what_they_are_called(finished):
 
 def test_seconds_of_each_validation_are_stored(finished):
     for name in NAMES:
-        report = json.loads((finished.folder / f"saved/{name}.json").read_text())
+        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text())
         assert len(report["val_seconds"]) == 1
         assert report["val_seconds"][0] == pytest.approx(report["results"]["training_seconds"], abs=0.051)
 
 
 def test_run_again_it_only_draws(finished, tmp_path, capsys):
     shutil.copytree(finished.folder, tmp_path / "copy")
-    before = contents(tmp_path / "copy" / "saved")
+    before = files_in(tmp_path / "copy" / "saved" / "studies")
     for path in before:
         if path.suffix in (".pt", ".checkpoint"):
             path.unlink()  # not needed for that
             before = {other: data for other, data in before.items() if other != path}
     with mock.patch.object(subprocess, "Popen", side_effect=AssertionError("something is trained")):
-        run_main(*DIGITS, tmp_path / "copy")
+        run_study(*DIGITS, tmp_path / "copy")
     assert "4 of them stored, 0 to train" in capsys.readouterr().out
-    assert contents(tmp_path / "copy" / "saved") == before
+    assert files_in(tmp_path / "copy" / "saved" / "studies") == before
     figures = [f"figures/model_comparison_digits_{what}.png" for what in FIGURES]
     for path in figures:
         assert (tmp_path / "copy" / path).read_bytes() == (finished.folder / path).read_bytes()
@@ -148,14 +142,16 @@ def test_run_again_it_only_draws(finished, tmp_path, capsys):
 
 def test_every_row_of_the_study_can_be_trained(digits, tmp_path):
     commands = {}
-    with mock.patch.object(compare, "run_all", lambda found, config: commands.update(found)):
-        compare.train_missing(compare.Config(dataset="digits", output_dir=str(tmp_path)))
+    with mock.patch.object(runs, "run_all", lambda found, config: commands.update(found)):
+        config = compare.Config(dataset="digits", output_dir=str(tmp_path))
+        runs.train_missing(compare.wanted_runs(config), config)
     assert len(commands) == 2 * (6 * 3 + 1)  # two recipes; three seeds of all but patch 2
     parameters = {}
     for name, command in commands.items():
         config = cli.parse(train.Config, command[2:])
-        assert config.name == name and name.endswith(f"seed{config.seed}")
-        parameters[name] = sum(p.numel() for p in train.build_model(config, digits).parameters())
+        assert config.name == f"studies/{name}" and name.endswith(f"seed{config.seed}")
+        model = build_model(config.model, dataclasses.asdict(config), digits.image_size, 10)
+        parameters[name] = sum(p.numel() for p in model.parameters())
     assert parameters["study_digits_plain_vit_patch4_seed0"] == 205_770  # with a CLS token
     small, cnn = parameters["study_digits_default_vit_small_seed2"], parameters["study_digits_default_cnn_seed2"]
     assert abs(small / cnn - 1) < 0.1
@@ -170,7 +166,7 @@ def test_data_dir_reaches_the_training_but_not_its_report(tmp_path):
 
     config = compare.Config(data_dir="/some/where", only=("cnn",), recipe="plain", seeds=1, output_dir=str(tmp_path))
     with mock.patch.object(subprocess, "Popen", popen):
-        assert compare.train_missing(config) == ["study_plain_cnn_seed0"]
+        assert runs.train_missing(compare.wanted_runs(config), config) == ["study_plain_cnn_seed0"]
     ((command, folder),) = seen
     assert folder == "/some/where" and "/some/where" not in " ".join(command)
 
@@ -179,9 +175,9 @@ def test_data_dir_reaches_the_training_but_not_its_report(tmp_path):
 def test_an_interrupted_study_goes_on(tmp_path, capfd):
     flags = "--dataset digits --epochs 8 --seeds 1 --only cnn --recipe plain --output_dir".split()
     checkpoint, report = (
-        tmp_path / f"saved/study_digits_plain_cnn_seed0.{ending}" for ending in ("checkpoint", "json")
+        tmp_path / f"saved/studies/study_digits_plain_cnn_seed0.{ending}" for ending in ("checkpoint", "json")
     )
-    process = start(*flags, tmp_path)
+    process = start("studies.compare", *flags, tmp_path)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -190,7 +186,7 @@ def test_an_interrupted_study_goes_on(tmp_path, capfd):
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in complaints
     assert "interrupted after step" in printed and not report.exists()
 
-    run_main(*flags, tmp_path)
+    run_study(*flags, tmp_path)
     assert "resuming after epoch" in capfd.readouterr().out
     report = json.loads(report.read_text())
     assert len(report["val_seconds"]) == len(report["metrics"]["val_step"]) == 8
@@ -199,10 +195,10 @@ def test_an_interrupted_study_goes_on(tmp_path, capfd):
 
 def test_a_training_that_fails_is_named_and_the_rest_is_drawn(finished, tmp_path, capfd):
     shutil.copytree(finished.folder, tmp_path / "copy")
-    saved = tmp_path / "copy" / "saved"
+    saved = tmp_path / "copy" / "saved" / "studies"
     (saved / f"{NAMES[3]}.json").unlink()
     with FileLock(saved / f"{NAMES[3]}.lock"), pytest.raises(SystemExit) as stop:  # as if it were under way elsewhere
-        run_main(*DIGITS, tmp_path / "copy", "--jobs", 2)
+        run_study(*DIGITS, tmp_path / "copy", "--jobs", 2)
     captured = capfd.readouterr()
     assert stop.value.code == 1
     assert f"not trained: {NAMES[3]}" in captured.err.splitlines()[-1]
@@ -240,8 +236,8 @@ def made_up(
         },
         "val_seconds": [seconds * (i + 1) / epochs for i in range(epochs)],
     }
-    path = folder / "saved" / f"study_{recipe}_{model}_seed{seed}"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / "saved" / "studies" / f"study_{recipe}_{model}_seed{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report))
     np.savez(
         path.with_suffix(".npz"), correct=correct, labels=labels, classes=np.array(["cat", "dog", "ship"]), flops=10**7
@@ -250,7 +246,7 @@ def made_up(
 
 
 def drawn(folder, *flags):
-    run_main("--no-train", "--epochs", 3, "--output_dir", folder, *flags)
+    run_study("--no-train", "--epochs", 3, "--output_dir", folder, *flags)
     return json.loads((folder / "figures/model_comparison.json").read_text())
 
 
@@ -268,7 +264,7 @@ def test_rows_average_seeds_and_keep_the_two_kinds_of_chance_apart(tmp_path):
     assert difference["by_seed"] == pytest.approx([0, -0.2, -0.4])
     assert difference["difference"] == pytest.approx(-0.2) and difference["seed_deviation"] == pytest.approx(0.2)
     assert difference["mcnemar_p"][0] == difference["p"] == 1  # right on as many images, only others
-    table = (tmp_path / "figures/model_comparison.md").read_text()
+    table = even((tmp_path / "figures/model_comparison.md").read_text())
     assert "| CNN | plain | 3 | 25,578 | 10.0 | 20 | 1.000 | **60.0 %** | 54.4 to 65.4 | 10.00 | 67.0 |" in table
 
 
@@ -282,7 +278,7 @@ def test_identical_models_and_one_that_is_always_wrong(tmp_path):
     assert same["difference"] == 0 and same["bca"] == same["percentile"] == [0, 0] and same["p_holm"] == 1
     assert wrong["difference"] == -0.5 and wrong["bca"][1] < -0.4 and wrong["p_holm"] < 1e-30
     text = (tmp_path / "figures/model_comparison.md").read_text()
-    assert "below the CNN: MLP (-50.0)" in text and "not to be told apart from the CNN: ViT (patch=4) (+0.0)" in text
+    assert "below the CNN: MLP (-50.0)" in text and "cannot be told apart from the CNN: ViT (patch=4) (+0.0)" in text
 
 
 def test_classes_that_one_gets_and_the_other_does_not(tmp_path):
@@ -334,7 +330,7 @@ def test_the_quicker_ones_accuracy_is_its_last_though_its_seeds_took_unequal_tim
 def test_a_study_of_another_length_is_refused_before_anything_is_trained(tmp_path, capsys):
     made_up(tmp_path, "plain", "cnn")
     with mock.patch.object(compare, "train_missing", side_effect=AssertionError), pytest.raises(SystemExit) as stop:
-        run_main("--epochs", 5, "--output_dir", tmp_path)
+        run_study("--epochs", 5, "--output_dir", tmp_path)
     assert stop.value.code == 2 and "say --epochs 3" in capsys.readouterr().err
 
 
@@ -350,9 +346,9 @@ def test_answers_of_another_model_are_noticed(tmp_path, capsys):
 def test_a_damaged_report_of_a_finished_run_can_be_trained_again(finished, tmp_path, capfd):
     """Its checkpoint, which has nothing to go on with, is not resumed."""
     shutil.copytree(finished.folder, tmp_path / "copy")
-    report = tmp_path / "copy" / "saved" / f"{NAMES[0]}.json"
+    report = tmp_path / "copy" / "saved" / "studies" / f"{NAMES[0]}.json"
     report.unlink()
-    run_main(*DIGITS, tmp_path / "copy")
+    run_study(*DIGITS, tmp_path / "copy")
     assert report.exists() and "1 to train" in capfd.readouterr().out
 
 
@@ -411,8 +407,8 @@ def test_errors_are_one_line(tmp_path, capsys):
         ("other", [], "was tested on other images"),
     ):
         with pytest.raises(SystemExit) as stop:
-            run_main("--no-train", "--epochs", 3, "--output_dir", tmp_path / folder, *flags)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "compare.py: error: " in line]
+            run_study("--no-train", "--epochs", 3, "--output_dir", tmp_path / folder, *flags)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "studies.compare: error: " in line]
         assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert not list(tmp_path.rglob("figures"))
 
@@ -551,4 +547,3 @@ def test_flops_by_hand():
 
 def test_the_reference_is_in_the_study():
     assert comparison.REFERENCE in compare.MODELS and comparison.EARLIER.keys() <= compare.MODELS.keys()
-    assert Path(compare.TRAIN).exists()
