@@ -11,7 +11,6 @@ looks at when it ends, are left out, as recipes are chosen here. Writes figures/
 all runs of that length that are stored.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,9 +18,18 @@ from typing import Literal, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-import utils
-from studies.runs import StudyOptions, finish, markdown, require_positive, train_missing, write_study
+from studies.runs import (
+    StudyOptions,
+    markdown,
+    read_report,
+    records,
+    require_positive,
+    spread,
+    train_missing,
+    write_study,
+)
 from support import cli
+from support.figures import BLUE, DARK, GREY, add_axes, new_figure, save_figure
 
 
 class Row(NamedTuple):
@@ -87,85 +95,76 @@ def main(args: list[str] | None = None) -> None:
         failed = train_missing(runs, config) if config.train else []
         table = summarise(config)
         prefix = config.figures / config.name
-        draw(table, prefix.with_suffix(".png"), config)
-        written = write_study(prefix, as_markdown(table, config), config, rows=table)
-    finish([*written, prefix.with_suffix(".png")], failed)
+        picture = prefix.with_suffix(".png")
+        draw(table, picture, config)
+        write_study(prefix, as_markdown(table, config), config, [picture], failed, rows=records(table))
 
 
-def summarise(config: Config) -> list[dict]:
+def summarise(config: Config) -> pd.DataFrame:
     """Of each row that has a run: title, flags, and the validation accuracy of each run, their mean, standard deviation
-    and difference from the default's runs with the same seeds (fractions); None where that cannot be said.
+    and difference from the default's runs with the same seeds (fractions); nan where that cannot be said.
 
     Raises:
         ValueError: nothing is stored.
     """
-    found = [
-        (key, seed, json.loads(path.read_text())["results"]["val_accuracy"])
+    found = {
+        (key, seed): read_report(path.stem, config)["results"]["val_accuracy"]
         for key, row in ROWS.items()
         for seed in range(row.seeds)
         if (path := config.saved / f"{config.name}_{key}_seed{seed}.json").exists()
-    ]
+    }
     if not found:
         raise ValueError(f"no run of {config.epochs} epochs on {config.dataset} is stored in {config.saved}")
-    accuracies = pd.DataFrame(found, columns=["row", "seed", "accuracy"]).pivot(
-        index="row", columns="seed", values="accuracy"
-    )
-    table = []
-    for key in [key for key in ROWS if key in accuracies.index]:
-        values = accuracies.loc[key].dropna()
-        points = (values - accuracies.loc["default"]).mean() if "default" in accuracies.index else None
-        table.append(
-            {
-                "row": key,
-                "title": ROWS[key].title,
-                "flags": ROWS[key].flags,
-                "val_accuracies": values.tolist(),
-                "mean": values.mean(),
-                "std": values.std() if len(values) > 1 else None,
-                "difference": None if key == "default" or pd.isna(points) else points,
-            }
-        )
-    return table
+    accuracies = pd.Series(found).unstack(sort=False)  # a row for each of ROWS, a column for each seed
+    rows = [ROWS[key] for key in accuracies.index]
+    differences = accuracies.sub(accuracies.reindex(["default"]).iloc[0])
+    table = {
+        "title": [row.title for row in rows],
+        "flags": [row.flags for row in rows],
+        "val_accuracies": [values.dropna().tolist() for _, values in accuracies.iterrows()],
+        "mean": accuracies.mean(axis=1),
+        "std": accuracies.std(axis=1),
+        "difference": differences.drop("default", errors="ignore").mean(axis=1),
+    }
+    return pd.DataFrame(table, index=accuracies.index).rename_axis("row").reset_index()
 
 
-def as_markdown(table: list[dict], config: Config) -> str:
+def as_markdown(table: pd.DataFrame, config: Config) -> str:
     """A row for each change, with the command that made it."""
     data = "" if config.dataset == "cifar10" else f"--dataset {config.dataset} "
     command = f"python train.py {data}--epochs {config.epochs}"
     rows = [
         {
-            "": row["title"],
-            "validation accuracy": f"{row['mean']:.1%}" + (f" ± {100 * row['std']:.1f}" if row["std"] else ""),
-            "points": "" if row["difference"] is None else f"{100 * row['difference']:+.1f}",
-            "runs": str(len(row["val_accuracies"])),
-            "command": f"`{command} {row['flags']}".rstrip() + "`",
+            "": row.title,
+            "validation accuracy": spread(row.mean, row.std),
+            "points": "" if pd.isna(row.difference) else f"{100 * row.difference:+.1f}",
+            "runs": str(len(row.val_accuracies)),
+            "command": f"`{f'{command} {row.flags}'.strip()}`",
         }
-        for row in table
+        for row in table.itertuples()
     ]
-    return (
-        markdown(rows) + "\n\nAccuracy on the validation images; points are to the default's runs with the same seeds."
-    )
+    note = "Accuracy on the validation images; points are to the default's runs with the same seeds."
+    return f"{markdown(rows)}\n\n{note}"
 
 
-def draw(table: list[dict], path: Path, config: Config) -> Figure:
+def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
     """Each run as a dot, each row's mean as a line, the default's across all; the best row on top."""
-    rows = sorted(table, key=lambda row: row["mean"])
     epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
     note = f"{config.dataset}, {epochs}, one thing changed at a time; a dot is a run, a line the mean of several"
-    figure = utils.new_figure(760, 118 + 28 * len(rows), "What each part of the recipe is worth", note)
-    axes = utils.add_axes(figure, 230, 62, 500, 28 * len(rows))
-    for height, row in enumerate(rows):
-        color = utils.DARK if row["row"] == "default" else utils.BLUE
-        values = [100 * value for value in row["val_accuracies"]]
+    figure = new_figure(760, 118 + 28 * len(table), "What each part of the recipe is worth", note)
+    axes = add_axes(figure, 230, 62, 500, 28 * len(table))
+    for height, row in enumerate(table.sort_values("mean").itertuples()):
+        color = DARK if row.row == "default" else BLUE
+        values, mean = [100 * value for value in row.val_accuracies], 100 * row.mean
         if len(values) > 1:
-            axes.plot([100 * row["mean"]] * 2, [height - 0.32, height + 0.32], color=color, lw=2)
+            axes.plot([mean, mean], [height - 0.32, height + 0.32], color=color, lw=2)
         axes.plot(values, [height] * len(values), "o", color=color, markersize=5, alpha=0.6, markeredgewidth=0)
-        if row["row"] == "default":
-            axes.axvline(100 * row["mean"], color=utils.GREY, lw=1, ls="--", zorder=0)
+        if row.row == "default":
+            axes.axvline(mean, color=GREY, lw=1, ls="--", zorder=0)
     axes.grid()
-    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel="validation accuracy, %")
-    utils.save_figure(figure, path)
+    axes.set_yticks(range(len(table)), table.sort_values("mean")["title"])
+    axes.set(ylim=(-0.6, len(table) - 0.4), xlabel="validation accuracy, %")
+    save_figure(figure, path)
     return figure
 
 

@@ -1,45 +1,37 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
-    python benchmark.py                          # training step, pipeline, and how cost grows: under ten minutes
-    python benchmark.py --augmentation           # what each augmentation costs: five minutes
-    python benchmark.py --time_to_accuracy       # seconds until 60.63 % validation accuracy, three seeds each
+    python -m studies.benchmark                      # training step, pipeline, and how cost grows: under ten minutes
+    python -m studies.benchmark --augmentation       # what each augmentation costs: five minutes
+    python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
 medians, as ratios. Tables are printed and stored as JSON under figures/. Needs requirements-dev.txt.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import psutil
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import train
-import utils
 from images.augment import NAMES, import_torchvision
-from network import VisionTransformer, count_flops
+from images.loader import Dataset, Split
+from network import VisionTransformer
 from runner import Runner
-from setup_cifar import Dataset, Split, load_data
-from studies.peers import PILDataset, ReferenceViT, accuracy_of, train_cct_2
+from studies.cost import measure_cost, our_step, take_turns, training_step
+from studies.peers import ReferenceViT, time_run, train_cct_2
+from studies.runs import markdown
 from support import cli
-from support.files import write_bytes
+from support.report import provenance, write_json
+from training.callbacks import Clock, ProgressBar
+from training.models import count_flops
 from training.optim import build_optimizer, build_schedule
 
 TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20 epochs
@@ -62,61 +54,29 @@ class Config:
     output_dir: str = "figures"  # where the results go
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     torch.set_num_threads(config.threads)
     folder = Path(config.output_dir)
-    if config.contender == "cct_2":
-        with cli.one_line_errors():
-            save(folder / f"cct_2_{config.seed}.json", train_cct_2(config.cct_epochs, config.seed, config.data_dir))
-    elif config.contender:
-        with cli.one_line_errors():
-            save(folder / f"time_to_accuracy_{config.contender}_{config.seed}.json", time_run(config))
-    elif config.time_to_accuracy:
-        time_to_accuracy(config, folder)
-    elif config.augmentation:
-        results = {"images_per_second": compare_augmentations(config), "provenance": cli.provenance()}
-        save(folder / "augmentation_cost.json", results)
-    else:
-        results = {"step": compare_steps(config), "pipeline": compare_pipeline(config), "cost": measure_cost(config)}
-        save(folder / "benchmark.json", {**results, "provenance": cli.provenance()})
-
-
-def save(path: Path, contents: dict) -> None:
-    write_bytes(path, json.dumps(contents, indent=1).encode())
-    print(f"wrote {path}")
+    with cli.one_line_errors():
+        if config.contender == "cct_2":
+            results, name = train_cct_2(config.cct_epochs, config.seed, config.data_dir), f"cct_2_{config.seed}"
+        elif config.contender:
+            history = time_run(config.contender, config.seed, config.stop_at, config.data_dir)
+            results = {"config": dataclasses.asdict(config), "history": history}
+            name = f"time_to_accuracy_{config.contender}_{config.seed}"
+        elif config.time_to_accuracy:
+            results, name = time_to_accuracy(config, folder), "time_to_accuracy"
+        elif config.augmentation:
+            results, name = {"images_per_second": compare_augmentations(config)}, "augmentation_cost"
+        else:
+            results = {"step": compare_steps(config), "pipeline": compare_pipeline()}
+            results["cost"], name = measure_cost(config.threads, folder / "cost.png"), "benchmark"
+        write_json(folder / f"{name}.json", {**results, "provenance": provenance()})
+        print(f"wrote {folder / name}.json")
 
 
 # -------------------------------------------------------------------------------------------------- training step
-
-
-def training_step(model: nn.Module, optimizer, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    def step():
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def our_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: str = "adamw"):
-    """What `Runner` does in a step, with metrics and the check for infinities, as train.py uses it."""
-    runner = Runner(model, build_optimizer(model, optimizer), nn.CrossEntropyLoss(), "cpu")
-    model.train()
-    return lambda: runner._train_step(images, labels)
-
-
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Wall-clock seconds of each step, measured in turns."""
-    seconds = {name: [] for name in steps}
-    for repeat in tqdm(range(warmup + repeats), desc="taking turns"):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def compare_steps(config: Config) -> dict:
@@ -160,9 +120,8 @@ def compare_steps(config: Config) -> dict:
     share = flops / medians["ours, MLP ratio 4, mean"] / gemm_rate
 
     print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns\n")
-    print("| contender | ms (median) | images/s |\n|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {1e3 * median:.1f} | {128 / median:,.0f} |")
+    rows = medians.items()
+    print(markdown([{"step": name, "ms": f"{1e3 * s:.1f}", "images/s": f"{128 / s:,.0f}"} for name, s in rows]))
     ratios = {
         f"{peer} / {mine}": medians[peer] / medians[mine]
         for peer, mine in [
@@ -174,9 +133,7 @@ def compare_steps(config: Config) -> dict:
             ("vit-pytorch, MLP ratio 4", "ours, MLP ratio 4, mean"),
         ]
     }
-    print("\n| ratio of medians | |\n|---|---|")
-    for name, ratio in ratios.items():
-        print(f"| {name} | {ratio:.2f} |")
+    print("\n" + markdown([{"medians": name, "ratio": f"{ratio:.2f}"} for name, ratio in ratios.items()]))
     print(f"\nFLOPs of the default step over the GEMM rate of {gemm_rate / 1e9:.0f} GFLOP/s: {share:.2f}")
     return {"medians": medians, "ratios": ratios, "gemm_flops_per_second": gemm_rate, "share_of_gemm_rate": share}
 
@@ -195,7 +152,7 @@ def synthetic_data(images: int = 4096) -> Dataset:
     return Dataset("random", [str(i) for i in range(10)], split(images), split(512), split(512), flip=True)
 
 
-def compare_pipeline(config: Config) -> dict:
+def compare_pipeline() -> dict:
     """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
     data = synthetic_data()
     loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
@@ -203,9 +160,10 @@ def compare_pipeline(config: Config) -> dict:
     model = VisionTransformer(pooling="mean")
     bare = our_step(model, images, labels, "muon")
     optimizer = build_optimizer(model)
-    runner = Runner(
-        model, optimizer, nn.CrossEntropyLoss(), "cpu", build_schedule(optimizer, 10_000), eval_criterion=None
-    )
+    schedule = build_schedule(optimizer, 10_000)
+    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
+    clock = Clock()
+    runner.callbacks += [clock, ProgressBar(clock)]
 
     def bare_epoch():
         for _ in range(len(loader)):
@@ -214,10 +172,9 @@ def compare_pipeline(config: Config) -> dict:
     seconds = take_turns({"bare": bare_epoch, "whole": lambda: runner.train(loader, epochs=1)}, repeats=3, warmup=1)
     rates = {name: data_size / statistics.median(s) for name, s in seconds.items() for data_size in [len(data.train)]}
     share = rates["whole"] / rates["bare"]
-    print("\n| pipeline | images/s |\n|---|---|")
-    print(f"| bare step, the same batch again and again | {rates['bare']:,.0f} |")
-    print(f"| whole epoch: shuffling, augmentation, metrics, progress bar | {rates['whole']:,.0f} |")
-    print(f"| ratio | {share:.3f} |")
+    print(f"\nbare step, the same batch again and again: {rates['bare']:,.0f} images/s")
+    print(f"whole epoch, with shuffling, augmentation, metrics, progress bar: {rates['whole']:,.0f} images/s")
+    print(f"ratio: {share:.3f}")
     return {"images_per_second": rates, "ratio": share}
 
 
@@ -229,170 +186,33 @@ def compare_augmentations(config: Config) -> dict:
         loader = data.loader("train", 128, shuffle=True, augment=name)
         model = VisionTransformer(pooling="mean")
         optimizer = build_optimizer(model)
-        runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", build_schedule(optimizer, 10_000))
+        schedule = build_schedule(optimizer, 10_000)
+        runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
         runs[name, "loader"] = lambda loader=loader: deque(loader, maxlen=0)  # takes every batch and keeps none
         runs[name, "epoch"] = lambda loader=loader, runner=runner: runner.train(loader, epochs=1)
-    with contextlib.redirect_stdout(io.StringIO()):  # the runner's line for each epoch
-        seconds = take_turns(runs, config.repeats, warmup=1)
+    seconds = take_turns(runs, config.repeats, warmup=1)
     rates = {name: {} for name in NAMES}
     for (name, what), values in seconds.items():
         rates[name][what] = len(data.train) / statistics.median(values)
     print(f"\nAugmentation, batch 128, {config.threads} thread(s), medians of {config.repeats} turns\n")
-    print(
-        "| augment | loader alone, images/s | training the default ViT, images/s | against none |\n|---|---:|---:|---:|"
-    )
-    for name, rate in rates.items():
-        share = rate["epoch"] / rates["none"]["epoch"] - 1
-        print(f"| {name} | {rate['loader']:,.0f} | {rate['epoch']:,.0f} | {share:+.0%} |")
+    table = [
+        {
+            "augment": name,
+            "loader alone, images/s": f"{rate['loader']:,.0f}",
+            "training the default ViT, images/s": f"{rate['epoch']:,.0f}",
+            "against none": f"{rate['epoch'] / rates['none']['epoch'] - 1:+.0%}",
+        }
+        for name, rate in rates.items()
+    ]
+    print(markdown(table))
     return rates
-
-
-# ----------------------------------------------------------------------------------------------- how cost grows
-
-
-GROWTH = {  # what varies, and its values
-    "patch_size": [8, 4, 2],
-    "hidden_size": [32, 64, 128, 256],
-    "num_blocks": [2, 4, 8],
-    "batch_size": [32, 64, 128, 256],
-}
-
-
-def measure_cost(config: Config) -> dict:
-    """Step time and peak memory against tokens, width, depth and batch, each in a process of its own."""
-    rows = []
-    for name, values in GROWTH.items():
-        for value in tqdm(values, desc=f"cost against {name}"):
-            options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
-            rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
-    exponents = {}
-    for name in GROWTH:
-        chosen = [row for row in rows if row["varied"] == name]
-        label, size = axis_of(name, chosen)
-        for quantity in ("seconds", "memory_mb"):
-            slope = np.polyfit(np.log(size), np.log([row[quantity] for row in chosen]), 1)[0]
-            exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
-    print("\n| varied | value | tokens | step, ms | memory above the start, MB |\n|---|---|---|---|---|")
-    for row in rows:
-        tokens = (32 // row["patch_size"]) ** 2
-        value = row[row["varied"]]
-        print(f"| {row['varied']} | {value} | {tokens} | {1e3 * row['seconds']:.0f} | {row['memory_mb']:.0f} |")
-    print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
-    draw_cost(rows, exponents, Path(config.output_dir) / "cost.png")
-    return {"rows": rows, "exponents": exponents}
-
-
-def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None:
-    """Step time and memory against tokens, width, depth and batch, both axes logarithmic: a power law is a line."""
-    figure = utils.new_figure(1000, 480, dpi=200)
-    utils.add_text(figure, 14, 30, "How a training step's cost grows", size=13, weight="bold")
-    note = "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied; slopes are fitted exponents"
-    utils.add_text(figure, 14, 50, note, size=9)
-    quantities = (("seconds", "step, ms", 1e3, utils.BLUE), ("memory_mb", "memory, MB", 1, utils.VERMILLION))
-    for column, name in enumerate(GROWTH):
-        chosen = [row for row in rows if row["varied"] == name]
-        label, size = axis_of(name, chosen)
-        for line, (quantity, unit, scale, color) in enumerate(quantities):
-            axes = utils.add_axes(figure, 62 + 240 * column, 80 + 190 * line, 170, 140)
-            values = [scale * row[quantity] for row in chosen]
-            axes.loglog(size, values, "o-", color=color)
-            axes.set_xticks(size, [f"{value:,}" for value in size])
-            axes.set_yticks(values, [f"{value:,.0f}" for value in values])
-            axes.minorticks_off()
-            axes.tick_params(labelsize=9)
-            axes.text(
-                0.06, 0.86, f"exponent {exponents[f'{quantity} ~ {label}']:.2f}", transform=axes.transAxes, size=9
-            )
-            axes.spines[["top", "right"]].set_visible(False)
-            if line == 1:
-                axes.set_xlabel(label.replace("_", " "), size=10)
-            if column == 0:
-                axes.set_ylabel(unit, size=10)
-    utils.save_figure(figure, path)
-
-
-def axis_of(name: str, rows: list[dict]) -> tuple[str, list[int]]:
-    """What stands on the axis when `name` is varied, and its values: tokens, where that is the patch size."""
-    if name == "patch_size":
-        return "tokens", [(32 // row["patch_size"]) ** 2 for row in rows]
-    return name, [row[name] for row in rows]
-
-
-def cost_in_a_process(options: dict, threads: int = 1) -> dict:
-    """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
-    command = [sys.executable, __file__, "cost", json.dumps(options), str(threads)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def cost_of_one(options: dict, threads: int) -> dict:
-    """Median seconds of a step, and the peak resident memory above what the process needed before it.
-
-    `options` are the batch size and the ViT's arguments.
-    """
-    torch.set_num_threads(threads)
-    batch_size, img_size = options.pop("batch_size"), options.get("img_size", 32)
-    images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
-    process, done, sizes = psutil.Process(), threading.Event(), []
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            sizes.append(process.memory_info().rss)
-
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
-    seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
-    done.set()
-    watcher.join()
-    return {"seconds": statistics.median(seconds), "memory_mb": (max(sizes) - before) / 2**20}
 
 
 # ----------------------------------------------------------------------------------------------- time to accuracy
 
 
-def time_run(config: Config) -> dict:
-    """Validation accuracy after each epoch against the seconds spent in training, evaluation excluded."""
-    torch.manual_seed(config.seed)
-    data = load_data("cifar10", config.data_dir)
-    if config.contender == "reference":
-        model, epochs, schedule = ReferenceViT(), 20, None
-        train_loader = DataLoader(PILDataset(data.train), batch_size=128, shuffle=True)
-        val_loader = DataLoader(PILDataset(data.val), batch_size=128)
-        optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
-    elif config.contender == "quick":
-        quick = dataclasses.replace(train.Config(), **train.PRESETS["quick"])
-        train.use_defaults(quick)
-        model, epochs = train.build_model(quick, data), quick.epochs
-        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=quick.augment, seed=config.seed)
-        val_loader = data.loader("val", 500)
-        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay)
-        schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)
-    else:
-        raise ValueError(f"unknown contender {config.contender!r}: choose reference or quick")
-    history = []
-    wall = cpu = 0.0
-    for epoch in range(1, epochs + 1):
-        model.train()
-        wall_started, cpu_started = time.perf_counter(), time.process_time()
-        for images, labels in tqdm(train_loader, desc=f"{config.contender}, seed {config.seed}, epoch {epoch}"):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-        wall += time.perf_counter() - wall_started
-        cpu += time.process_time() - cpu_started
-        accuracy = accuracy_of(model, val_loader)
-        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
-        if accuracy > config.stop_at:
-            break
-    return {"config": dataclasses.asdict(config), "history": history, "provenance": cli.provenance()}
-
-
-def time_to_accuracy(config: Config, folder: Path) -> None:
-    """Run what is missing, each in a process of its own, two contenders by turns; then compare medians."""
+def time_to_accuracy(config: Config, folder: Path) -> dict:
+    """Run what is missing, each in a process of its own, two contenders in turns; then compare medians."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
     reached = {"reference": [], "quick": []}
     for seed in range(config.seeds):
@@ -401,19 +221,19 @@ def time_to_accuracy(config: Config, folder: Path) -> None:
             if not path.exists():
                 flags = ["--contender", contender, "--seed", str(seed), "--threads", str(config.threads)]
                 flags += ["--output_dir", str(folder)] + (["--data_dir", config.data_dir] if config.data_dir else [])
-                subprocess.run([sys.executable, __file__, *flags], check=True, env=environment)
+                command = [sys.executable, "-m", "studies.benchmark", *flags]
+                subprocess.run(command, check=True, env={**environment, "PYTHONPATH": str(cli.ROOT)})
             history = json.loads(path.read_text())["history"]
             rows.append(next((row for row in history if row["val_accuracy"] > TARGET), None))
     print(f"\nTraining until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)\n")
-    print("| contender | seed | epoch | accuracy | wall seconds | CPU seconds |\n|---|---|---|---|---|---|")
-    for contender, rows in reached.items():
-        for seed, row in enumerate(rows):
-            if row is None:
-                print(f"| {contender} | {seed} | not reached | | | |")
-            else:
-                accuracy = f"{row['val_accuracy']:.2%}"
-                seconds = f"{row['wall_seconds']:.1f} | {row['cpu_seconds']:.1f}"
-                print(f"| {contender} | {seed} | {row['epoch']} | {accuracy} | {seconds} |")
+    columns = {"epoch": "{}", "val_accuracy": "{:.2%}", "wall_seconds": "{:.1f}", "cpu_seconds": "{:.1f}"}
+    table = [
+        {"contender": contender, "seed": str(seed)}
+        | {name: "not reached" if row is None else text.format(row[name]) for name, text in columns.items()}
+        for contender, rows in reached.items()
+        for seed, row in enumerate(rows)
+    ]
+    print(markdown(table))
     ratios = {}
     for clock in ("wall_seconds", "cpu_seconds"):
         medians = {
@@ -422,11 +242,8 @@ def time_to_accuracy(config: Config, folder: Path) -> None:
         }
         ratios[clock] = medians["reference"] / medians["quick"]
         print(f"\nratio of medians, {clock.replace('_', ' ')}: {ratios[clock]:.1f}")
-    save(folder / "time_to_accuracy.json", {"reached": reached, "ratios": ratios, "provenance": cli.provenance()})
+    return {"reached": reached, "ratios": ratios}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["cost"]:  # a process started by measure_cost
-        print(json.dumps(cost_of_one(json.loads(sys.argv[2]), int(sys.argv[3]))))
-    else:
-        main()
+    main()

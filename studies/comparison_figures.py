@@ -12,33 +12,38 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from scipy.stats import gaussian_kde
 
-import utils
 from studies.comparison import REFERENCE, Run, group, interval, p_text, points
+from support.figures import BLUE, DARK, GREEN, VERMILLION, new_figure, save_figure
 
 STYLES = {  # model -> colour and marker
-    "cnn": (utils.VERMILLION, "s"),
-    "vit_patch2": (utils.BLUE, "o"),
+    "cnn": (VERMILLION, "s"),
+    "vit_patch2": (BLUE, "o"),
     "vit_patch4": ("#56B4E9", "^"),
-    "vit_patch6": (utils.GREEN, "v"),
+    "vit_patch6": (GREEN, "v"),
     "vit_patch8": ("#E69F00", "D"),
     "vit_small": ("#CC79A7", "P"),
     "mlp": ("#7F7F7F", "X"),
 }
+BOLD = {"size": 11, "weight": "bold"}
 
 
 def draw_all(runs: list[Run], study: dict, prefix: Path, dataset: str) -> list[Path]:
     """Write <prefix>_curves.png, _time.png and, where there is a CNN to compare with, _bootstrap.png, _classes.png."""
+    figures = {"curves": draw_curves(runs, dataset), "time": draw_time(study, dataset)}
+    if study["differences"]:
+        figures |= {"bootstrap": draw_bootstrap(study, dataset), "classes": draw_classes(study, dataset)}
+    paths = [prefix.with_name(f"{prefix.name}_{what}.png") for what in figures]
+    for figure, path in zip(figures.values(), paths, strict=True):
+        save_figure(figure, path)
+    return paths
 
-    def path(what: str) -> Path:
-        return prefix.with_name(f"{prefix.name}_{what}.png")
 
-    draw_curves(runs, path("curves"), dataset)
-    draw_time(study, path("time"), dataset)
-    if not study["differences"]:
-        return [path("curves"), path("time")]
-    draw_bootstrap(study, path("bootstrap"), dataset)
-    draw_classes(study, path("classes"), dataset)
-    return [path(what) for what in ("curves", "time", "bootstrap", "classes")]
+def add_panels(figure: Figure, top: int, rows: int, columns: int, **options) -> np.ndarray:
+    """Axes `(rows, columns)` that fill the figure below its uppermost `top` pixels."""
+    below = 1 - top / (100 * figure.get_figheight())
+    pads = {"w_pad": 0.1, "h_pad": 0.08, "wspace": 0.02, "hspace": 0.02}
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, below), **pads)
+    return figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def recipes_of(rows: list[dict]) -> list[str]:
@@ -61,56 +66,41 @@ def logarithmic_time(axes: Axes, subs: tuple[int, ...] = (1, 2, 5)) -> None:
 # ---------------------------------------------------------------------------------------------------------- curves
 
 
-def draw_curves(runs: list[Run], path: Path, dataset: str) -> Figure:
+def draw_curves(runs: list[Run], dataset: str) -> Figure:
     """Validation accuracy and loss by optimiser step and by training time; a column for each recipe.
 
     Lines are means over seeds, bands reach from the lowest to the highest.
     """
-    groups = group(runs)
     recipes = list(dict.fromkeys(run.recipe for run in runs))
     unit, unit_name = clock_unit(max(run.report["val_seconds"][-1] for run in runs))
-    width, height, first = 440, 190, 108 if len(recipes) > 1 else 128
     title = f"Validation on {dataset}, mean and range over seeds"
-    figure = utils.new_figure(max(70 + width * len(recipes), 620), first + 4 * (height + 66), title)
-    handles = [
-        Line2D([], [], color=STYLES[model][0], marker=STYLES[model][1], markersize=5, label=title)
-        for model, title in dict.fromkeys((run.model, run.title) for run in runs)
-    ]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(6 / figure.get_figwidth() / 100, 1 - 36 / figure.get_figheight() / 100),
-        ncols=7 if len(recipes) > 1 else 4,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )
-    for row, (metric, against) in enumerate(
-        (metric, against) for metric in ("accuracy", "loss") for against in ("step", "time")
-    ):
-        panels = []
-        for column, recipe in enumerate(recipes):
-            axes = utils.add_axes(figure, 62 + width * column, first + row * (height + 66), width - 50, height)
-            for (its_recipe, model), members in groups.items():
+    figure = new_figure(max(70 + 440 * len(recipes), 620), 1132, title)
+    panels = add_panels(figure, 66 if len(recipes) > 1 else 84, 4, len(recipes), sharex="row", sharey="row")
+    labels = {
+        "accuracy": "accuracy, %",
+        "loss": "loss",
+        "step": "optimiser step",
+        "time": f"training time, {unit_name}",
+    }
+    kinds = [("accuracy", "step"), ("accuracy", "time"), ("loss", "step"), ("loss", "time")]
+    for (metric, against), row in zip(kinds, panels, strict=True):
+        row[0].set_ylabel(labels[metric])
+        for recipe, axes in zip(recipes, row, strict=True):
+            for (its_recipe, model), members in group(runs).items():
                 if its_recipe == recipe:
                     draw_curve(axes, members, model, metric, against, unit)
             axes.grid()
-            axes.set_xlabel("optimiser step" if against == "step" else f"training time, {unit_name}")
-            if row == 0:
-                axes.set_title(f"recipe: {recipe}", size=11, weight="bold")
-            if column == 0:
-                axes.set_ylabel("accuracy, %" if metric == "accuracy" else "loss")
-                axes.yaxis.set_label_coords(-44 / (width - 50), 0.5)
+            axes.set_xlabel(labels[against])
             if against == "time":
                 logarithmic_time(axes, (1, 3))
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            panels.append(axes)
-        for limits in ("xlim", "ylim"):  # the same in each column, so that recipes can be compared
-            ends = [getattr(axes, f"get_{limits}")() for axes in panels]
-            for axes in panels:
-                axes.set(**{limits: (min(low for low, _ in ends), max(high for _, high in ends))})
-    utils.save_figure(figure, path)
+    for recipe, axes in zip(recipes, panels[0], strict=True):
+        axes.set_title(f"recipe: {recipe}", **BOLD)
+    lines = {line.get_label(): line for axes in panels[0] for line in axes.get_lines()}
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 36 / 1132), "ncols": 7 if len(recipes) > 1 else 4}
+    figure.legend(lines.values(), lines, **place, handletextpad=0.4, columnspacing=1.2)
     return figure
 
 
@@ -121,7 +111,7 @@ def draw_curve(axes: Axes, runs: list[Run], model: str, metric: str, against: st
     else:
         x = np.mean([run.report["val_seconds"] for run in runs], axis=0) / unit
     color, marker = STYLES[model]
-    axes.plot(x, values.mean(axis=0), color=color, marker=marker, markersize=3.5, lw=1.5)
+    axes.plot(x, values.mean(axis=0), color=color, marker=marker, markersize=3.5, lw=1.5, label=runs[0].title)
     if len(runs) > 1:
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
 
@@ -129,41 +119,29 @@ def draw_curve(axes: Axes, runs: list[Run], model: str, metric: str, against: st
 # ------------------------------------------------------------------------------------------------------- bootstrap
 
 
-def draw_bootstrap(study: dict, path: Path, dataset: str) -> Figure:
+def draw_bootstrap(study: dict, dataset: str) -> Figure:
     """How the difference in accuracy from the CNN varies with the test images, and beside it with the seed."""
     recipes = recipes_of(study["differences"])
     blocks = [[row for row in study["differences"] if row["recipe"] == recipe] for recipe in recipes]
-    row_height, left, width = 44, 150, 540
     note = (
         f"Hills: 10,000 paired resamples of the {study['images']:,} test images. Bars: 95 % interval (BCa). "
         "Small dots: single seeds. p: McNemar's, after Holm."
     )
-    height = 94 + sum(64 + row_height * len(rows) for rows in blocks)
-    figure = utils.new_figure(940, height, f"Test accuracy minus that of the CNN, {dataset}", note)
-    values = [value for row in study["differences"] for value in (*row["bca"], *row["by_seed"], row["difference"], 0)]
-    margin = 0.06 * (max(values) - min(values)) + 0.002
-    top = 92
-    for recipe, rows in zip(recipes, blocks, strict=True):
-        axes = utils.add_axes(figure, left, top, width, row_height * len(rows))
+    height = 80 + sum(64 + 44 * len(rows) for rows in blocks)
+    figure = new_figure(940, height, f"Test accuracy minus the CNN's, {dataset}", note)
+    panels = add_panels(figure, 58, len(blocks), 1, sharex=True, height_ratios=[len(rows) for rows in blocks])
+    for recipe, rows, axes in zip(recipes, blocks, panels[:, 0], strict=True):
         for i, row in enumerate(rows):
             draw_difference(axes, row, i)
-            axes.text(
-                1.02,
-                i,
-                f"{points(row['difference'])}  ({interval(row['bca'])}), p {equals(p_text(row['p_holm']))}",
-                va="center_baseline",
-                transform=axes.get_yaxis_transform(),
-            )
         axes.axvline(0, color=STYLES[REFERENCE][0], lw=1.2)
         axes.grid()
-        axes.set_title(f"recipe: {recipe}", size=11, weight="bold")
+        axes.set_title(f"recipe: {recipe}", **BOLD)
         axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
         axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelbottom=True)
         axes.spines["left"].set_visible(False)
-        axes.set(ylim=(len(rows) - 0.45, -0.75), xlim=(100 * (min(values) - margin), 100 * (max(values) + margin)))
-        top += row_height * len(rows) + 64
+        axes.set_ylim(len(rows) - 0.45, -0.75)
     axes.set_xlabel("percentage points; the line at 0 is the CNN")
-    utils.save_figure(figure, path)
     return figure
 
 
@@ -177,95 +155,78 @@ def draw_difference(axes: Axes, row: dict, y: int) -> None:
     low, high = (100 * end for end in row["bca"])
     axes.plot([low, high], [y, y], color=color, lw=5, solid_capstyle="butt")
     axes.plot(100 * row["difference"], y, "o", color="white", markersize=3.5)
-    if len(row["by_seed"]) > 1:
-        axes.plot(
-            [100 * value for value in row["by_seed"]], [y + 0.22] * len(row["by_seed"]), ".", color=utils.DARK, ms=4
-        )
-
-
-def equals(p: str) -> str:
-    return p if p.startswith("<") else f"= {p}"
+    seeds = row["by_seed"] if len(row["by_seed"]) > 1 else []
+    axes.plot([100 * value for value in seeds], [y + 0.22] * len(seeds), ".", color=DARK, ms=4)
+    p = p_text(row["p_holm"])
+    text = f"{points(row['difference'])}  ({interval(row['bca'])}), p {p if p.startswith('<') else f'= {p}'}"
+    axes.text(1.02, y, text, va="center_baseline", transform=axes.get_yaxis_transform())
 
 
 # ------------------------------------------------------------------------------------------------------------ time
 
 
-def draw_time(study: dict, path: Path, dataset: str) -> Figure:
+def draw_time(study: dict, dataset: str) -> Figure:
     """Test accuracy against training time; a line leads from each model's plain recipe to its default one."""
     unit, unit_name = clock_unit(max(row["training_seconds"] for row in study["rows"]))
     note = f"{study['epochs']} epochs, means over seeds; bars: 95 % interval over test images"
-    figure = utils.new_figure(900, 470, f"Test accuracy against training time, {dataset}", note)
-    axes = utils.add_axes(figure, 62, 70, 620, 340)
+    figure = new_figure(900, 470, f"Test accuracy against training time, {dataset}", note)
+    ((axes,),) = add_panels(figure, 58, 1, 1)
     recipes = recipes_of(study["rows"])
-    last = recipes[-1]  # has full markers, those before it have hollow ones
-    models = {}
-    for row in study["rows"]:
-        models.setdefault(row["model"], []).append(row)
-    for model, rows in models.items():
-        color, marker = STYLES[model]
-        seconds, accuracies = ([row[name] for row in rows] for name in ("training_seconds", "test_accuracy"))
-        axes.plot(np.divide(seconds, unit), np.multiply(accuracies, 100), color=color, lw=1, ls=":")
-        for row in rows:
-            x, y = row["training_seconds"] / unit, 100 * row["test_accuracy"]
-            axes.plot([x, x], [100 * end for end in row["interval"]], color=color, lw=1.6)
-            face = color if row["recipe"] == last else "white"
-            axes.plot(x, y, marker, color=color, markersize=9, markerfacecolor=face)
+    faces = {recipe: "white" for recipe in recipes[:-1]}  # of markers: the last recipe has full ones
+    handles = []
+    for model, (color, marker) in STYLES.items():
+        rows = [row for row in study["rows"] if row["model"] == model]
+        if not rows:
+            continue
+        x = [row["training_seconds"] / unit for row in rows]
+        y = [100 * row["test_accuracy"] for row in rows]
+        axes.plot(x, y, color=color, lw=1, ls=":")
+        for row, seconds, accuracy in zip(rows, x, y, strict=True):
+            axes.plot([seconds, seconds], [100 * end for end in row["interval"]], color=color, lw=1.6)
+            face = faces.get(row["recipe"], color)
+            axes.plot(seconds, accuracy, marker, color=color, markersize=9, markerfacecolor=face)
+        handles.append(Line2D([], [], color=color, marker=marker, ls="", markersize=8, label=rows[0]["title"]))
+    for recipe in recipes:
+        style = {"color": DARK, "marker": "o", "ls": "", "markersize": 8, "markerfacecolor": faces.get(recipe, DARK)}
+        handles.append(Line2D([], [], label=f"recipe: {recipe}", **style))
     axes.grid()
     logarithmic_time(axes)
     axes.set(xlabel=f"training time, {unit_name} (logarithmic)", ylabel="test accuracy, %")
-    handles = [
-        Line2D([], [], color=STYLES[model][0], marker=STYLES[model][1], ls="", markersize=8, label=rows[0]["title"])
-        for model, rows in models.items()
-    ] + [
-        Line2D(
-            [], [], color=utils.DARK, marker="o", ls="", markersize=8, markerfacecolor=face, label=f"recipe: {recipe}"
-        )
-        for recipe in recipes
-        for face in [utils.DARK if recipe == last else "white"]
-    ]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
-    utils.save_figure(figure, path)
     return figure
 
 
 # --------------------------------------------------------------------------------------------------------- classes
 
 
-def draw_classes(study: dict, path: Path, dataset: str) -> Figure:
+def draw_classes(study: dict, dataset: str) -> Figure:
     """Which classes a model gets that the CNN does not, and the other way round: a column a model, a row a recipe."""
     rows = study["differences"]
-    recipes = recipes_of(rows)
-    models = [model for model in STYLES if any(row["model"] == model for row in rows)]
+    recipes, models = recipes_of(rows), [model for model in STYLES if any(row["model"] == model for row in rows)]
     classes = list(rows[0]["only_model"])
-    width, height, left, top = 138, 20 * len(classes), 30 + 8 * max(map(len, classes)), 104
     note = (
-        "Percent of each class's test images. To the left: only the CNN is right; to the right: only the other model."
+        "Percent of each class's test images. To the left: only the CNN is right; to the right: only the other model. "
+        "Black: the one minus the other."
     )
-    size = max(left + width * len(models) + 10, 800), top + len(recipes) * (height + 80) - 40
-    figure = utils.new_figure(*size, f"Who gets which classes, {dataset}", f"{note} Black: net.")
-    limit = 100 * max(
-        value for row in rows for side in ("only_model", "only_reference") for value in row[side].values()
-    )
-    limit = max(1.0, 1.05 * limit)
-    tick = float(f"{0.6 * limit:.1g}")
-    for i, recipe in enumerate(recipes):
-        utils.add_text(figure, 14, top - 26 + i * (height + 80), f"recipe: {recipe}", size=11, weight="bold")
-        for row in rows:
-            if row["recipe"] != recipe:
-                continue
-            j = models.index(row["model"])
-            axes = utils.add_axes(figure, left + width * j, top + i * (height + 80), width - 12, height)
-            gained, lost = (100 * np.array(list(row[side].values())) for side in ("only_model", "only_reference"))
-            axes.barh(range(len(classes)), gained, height=0.8, color=STYLES[row["model"]][0])
-            axes.barh(range(len(classes)), -lost, height=0.8, color=STYLES[REFERENCE][0])
-            axes.plot(gained - lost, range(len(classes)), "|", color=utils.DARK, markersize=9, markeredgewidth=2)
-            axes.axvline(0, color=utils.DARK, lw=0.8)
-            axes.grid()
-            axes.set_title(row["title"])
-            axes.set(xlim=(-limit, limit), ylim=(len(classes) - 0.5, -0.5))
-            axes.set_xticks([-tick, 0, tick], [f"{tick:g}", "0", f"{tick:g}"])
-            axes.set_yticks(range(len(classes)), classes if j == 0 else [""] * len(classes))
-            axes.tick_params(axis="y", length=0)
-            axes.spines["left"].set_visible(False)
-    utils.save_figure(figure, path)
+    height = 70 + len(recipes) * (20 * len(classes) + 80)
+    figure = new_figure(max(120 + 138 * len(models), 800), height, f"Who gets which classes, {dataset}", note)
+    panels = add_panels(figure, 58, len(recipes), len(models), sharex=True, sharey=True)
+    for axes in panels.flat:
+        axes.set_visible(False)  # until there is something in it
+    for row in rows:
+        axes = panels[recipes.index(row["recipe"]), models.index(row["model"])]
+        axes.set_visible(True)
+        gained, lost = (100 * np.array(list(row[side].values())) for side in ("only_model", "only_reference"))
+        axes.barh(classes, gained, height=0.8, color=STYLES[row["model"]][0])
+        axes.barh(classes, -lost, height=0.8, color=STYLES[REFERENCE][0])
+        axes.plot(gained - lost, classes, "|", color=DARK, markersize=9, markeredgewidth=2)
+        axes.axvline(0, color=DARK, lw=0.8)
+        axes.grid()
+        axes.set_title(f"{row['title']}\n{row['recipe']}")
+        axes.xaxis.set_major_formatter(lambda x, _position: f"{abs(x):g}")
+        axes.tick_params(axis="x", labelbottom=True)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    limit = max(1.0, 1.05 * max(map(abs, axes.get_xlim())))
+    axes.set(xlim=(-limit, limit), ylim=(len(classes) - 0.5, -0.5))
     return figure

@@ -19,10 +19,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import train
-import utils
 from setup_cifar import load_data
-from studies.runs import StudyOptions, finish, markdown, read_report, require_positive, train_missing, write_study
+from studies.runs import StudyOptions, markdown, read_report, require_positive, spread, train_missing, write_study
 from support import cli
+from support.figures import BLUE, DARK, LIGHT, add_axes, new_figure, save_figure
 
 
 @dataclass
@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.fold is not None or config.folds < 2:
             raise ValueError(
-                f"every fold is trained: leave --fold away, and give at least 2 --folds, not {config.folds}"
+                f"every fold is trained: leave --fold away, and give 2 --folds or more, not {config.folds}"
             )
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
         data.fold(0, config.folds, config.split_seed)  # refuses now what no run could do
@@ -47,31 +47,28 @@ def main(args: list[str] | None = None) -> None:
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
         options = StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
         require_positive(options)
-        flags = flags_of(config)
-        runs = {f"{name}_fold{k}": f"{flags} --fold {k}/{config.folds}" for k in range(config.folds)}
-        failed = train_missing(runs, options)
-        if failed:
+        runs = {f"{name}_fold{k}": f"{flags_of(config)} --fold {k}/{config.folds}" for k in range(config.folds)}
+        if failed := train_missing(runs, options):
             cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
         reports = [read_report(run, options) for run in runs]
         results = pd.DataFrame([report["results"] for report in reports])[["val_accuracy", "val_loss"]]
-        prefix = options.figures / name
-        draw(reports, results["val_accuracy"], prefix.with_name(f"{name}.png"), f"{config.model} on {data.name}")
+        picture = options.figures / f"{name}.png"
+        draw(reports, results["val_accuracy"], picture, f"{config.model} on {data.name}")
         summary = {
             quantity: {"each": values.tolist(), "mean": values.mean(), "std": values.std()}
             for quantity, values in results.items()
         }
-        text = as_markdown(results)
-        trained = reports[0]["config"]
-        written = write_study(prefix, text, config, **summary, folds=config.folds, dataset=data.name, trained=trained)
-    finish([*written, prefix.with_name(f"{name}.png")], [])
+        more = {"folds": config.folds, "dataset": data.name, "trained": reports[0]["config"]}
+        write_study(options.figures / name, as_markdown(results), config, [picture], [], **summary, **more)
 
 
 def flags_of(config: train.Config) -> str:
     """The flags that give train.py this config, but for names and folders."""
-    flags = []
+    flags, dependent = [], train.dependent_defaults(config)
     for field in dataclasses.fields(train.Config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("name", "output_dir", "data_dir", "resume", "gif_frames"):
+        by_default = value == field.default == dependent.get(field.name, value)
+        if not by_default and field.name not in ("name", "output_dir", "data_dir", "resume", "gif_frames"):
             flags += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
     return shlex.join(flags)
 
@@ -83,7 +80,7 @@ def as_markdown(results: pd.DataFrame) -> str:
         for k, row in enumerate(results.itertuples())
     ]
     mean, std = results.mean(), results.std()
-    accuracy = f"{mean.val_accuracy:.2%} ± {100 * std.val_accuracy:.2f}"
+    accuracy = spread(mean.val_accuracy, std.val_accuracy, digits=2)
     loss = f"{mean.val_loss:.4f} ± {std.val_loss:.4f}"
     return markdown([*rows, {"held out": "mean ± standard deviation", "accuracy": accuracy, "loss": loss}])
 
@@ -94,21 +91,21 @@ def draw(reports: list[dict], accuracies: pd.Series, path: Path, title: str) -> 
     note = (
         f"accuracy on the held-out fold: {mean:.1f} ± {std:.1f} %, mean and standard deviation of {len(reports)} folds"
     )
-    figure = utils.new_figure(760, 400, f"Cross-validation: {title}", note)
-    left, right = utils.add_axes(figure, 60, 72, 420, 270), utils.add_axes(figure, 560, 72, 180, 270)
+    figure = new_figure(760, 400, f"Cross-validation: {title}", note)
+    left, right = add_axes(figure, 60, 72, 420, 270), add_axes(figure, 560, 72, 180, 270)
     for report in reports:
         values = [100 * value for value in report["metrics"]["val_accuracy"]]
-        left.plot(range(1, len(values) + 1), values, color=utils.BLUE, lw=1.4, alpha=0.6, marker="o", markersize=3)
+        left.plot(range(1, len(values) + 1), values, color=BLUE, lw=1.4, alpha=0.6, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid()
-    right.axhspan(mean - std, mean + std, color=utils.LIGHT, lw=0)
-    right.axhline(mean, color=utils.DARK, lw=1.4)
+    right.axhspan(mean - std, mean + std, color=LIGHT, lw=0)
+    right.axhline(mean, color=DARK, lw=1.4)
     folds = range(len(reports))
-    right.plot(folds, 100 * accuracies, "o", color=utils.BLUE, markersize=6)
+    right.plot(folds, 100 * accuracies, "o", color=BLUE, markersize=6)
     right.set(xlabel="fold", xlim=(-0.6, len(reports) - 0.4))
     right.set_xticks(folds if len(reports) <= 10 else range(0, len(reports), 5))
-    utils.save_figure(figure, path)
+    save_figure(figure, path)
     return figure
 
 

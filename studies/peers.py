@@ -1,23 +1,28 @@
-"""What benchmark.py compares with: a plain reference ViT with its data loading, and CCT-2 with its authors' recipe."""
+"""What the benchmark compares with: a plain reference ViT with its data loading, and CCT-2 with its authors' recipe."""
 
+import dataclasses
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
+import train
 from images.augment import import_torchvision
-from setup_cifar import Split, load_data
+from images.loader import Split
+from setup_cifar import load_data
 from support import cli
 from support.model import num_parameters
-from training.optim import build_schedule
+from training.models import build_model
+from training.optim import build_optimizer, build_schedule
 
 
 class ReferenceViT(nn.Module):
@@ -84,13 +89,79 @@ class PILDataset(TorchDataset):
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, loader) -> float:
+def accuracy_of(model: nn.Module, loader: Iterable) -> float:
     model.eval()
     correct = total = 0
     for images, labels in loader:
         correct += (model(images).argmax(dim=1) == labels).sum().item()
         total += len(labels)
     return correct / total
+
+
+def train_timed(
+    title: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler | None,
+    train_loader: Iterable,
+    val_loader: Iterable,
+    epochs: int,
+    stop_at: float = 1.0,
+    prepare: Callable | None = None,
+) -> list[dict]:
+    """Validation accuracy after each epoch against the seconds spent in training, by the clock and of the processor.
+
+    Evaluation is left out; so is loading where there is a `prepare(images, labels, epoch)`, which belongs to it.
+    """
+    history, wall, cpu = [], 0.0, 0.0
+    for epoch in range(1, epochs + 1):
+        model.train()
+        batches = iter(tqdm(train_loader, desc=f"{title}, epoch {epoch}"))
+        started = time.perf_counter(), time.process_time()
+        for images, labels in batches:
+            if prepare is not None:
+                images, labels = prepare(images, labels, epoch)
+                started = time.perf_counter(), time.process_time()
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            now = time.perf_counter(), time.process_time()
+            wall, cpu, started = wall + now[0] - started[0], cpu + now[1] - started[1], now
+        accuracy = accuracy_of(model, val_loader)
+        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
+        tqdm.write(f"{title}, epoch {epoch}: {accuracy:.2%} after {wall:.0f} s")
+        if accuracy > stop_at:
+            break
+    return history
+
+
+def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) -> list[dict]:
+    """The history of the reference, or of `--preset quick`, until `stop_at` of the validation images are right.
+
+    Raises:
+        ValueError: there is no such contender.
+    """
+    torch.manual_seed(seed)
+    data = load_data("cifar10", data_dir)
+    if contender == "reference":
+        model, epochs, schedule = ReferenceViT(), 20, None
+        train_loader = DataLoader(PILDataset(data.train), batch_size=128, shuffle=True)
+        val_loader = DataLoader(PILDataset(data.val), batch_size=128)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    elif contender == "quick":
+        quick = cli.parse(train.Config, ["--preset", "quick"], train.dependent_defaults, remember=False)
+        model, epochs = build_model(quick.model, dataclasses.asdict(quick), data.image_size, 10), quick.epochs
+        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=quick.augment, seed=seed)
+        val_loader = data.loader("val", 500)
+        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay)
+        schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)
+    else:
+        raise ValueError(f"unknown contender {contender!r}: choose reference, quick or cct_2")
+    title = f"{contender}, seed {seed}"
+    return train_timed(title, model, optimizer, schedule, train_loader, val_loader, epochs, stop_at)
 
 
 def train_cct_2(epochs: int, seed: int, data_dir: str | None) -> dict:
@@ -125,31 +196,20 @@ def train_cct_2(epochs: int, seed: int, data_dir: str | None) -> dict:
     model = cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=55e-5, weight_decay=6e-2, fused=True)
     schedule = build_schedule(optimizer, epochs * len(train_loader), warmup=10 / 300)
-    history = []
-    wall = cpu = 0.0
-    for epoch in range(1, epochs + 1):
-        model.train()
+
+    def mix(images, labels, epoch):
         mixup.mixup_enabled = epoch <= epochs * 175 / 300
-        for images, labels in tqdm(train_loader, desc=f"cct_2, seed {seed}, epoch {epoch}"):
-            images, targets = mixup(images, labels)
-            wall_started, cpu_started = time.perf_counter(), time.process_time()
-            loss = F.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            wall += time.perf_counter() - wall_started
-            cpu += time.process_time() - cpu_started
-        accuracy = accuracy_of(model, DataLoader(PILDataset(data.val, plain), batch_size=500))
-        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
-        tqdm.write(f"cct_2 epoch {epoch}: {accuracy:.2%} after {wall:.0f} s")
+        return mixup(images, labels)
+
+    val_loader = DataLoader(PILDataset(data.val, plain), batch_size=500)
+    title = f"cct_2, seed {seed}"
+    history = train_timed(title, model, optimizer, schedule, train_loader, val_loader, epochs, prepare=mix)
     test_accuracy = accuracy_of(model, DataLoader(PILDataset(data.test, plain), batch_size=500))
-    print(f"cct_2: test accuracy {test_accuracy:.2%} after {wall:.0f} s, {cpu:.0f} s of the processor")
+    print(f"cct_2: test accuracy {test_accuracy:.2%}")
     return {
         "epochs": epochs,
         "seed": seed,
         "parameters": num_parameters(model),
         "history": history,
         "test_accuracy": test_accuracy,
-        "provenance": cli.provenance(),
     }

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 import train
 from support import cli
-from support.files import CheckpointError
+from support.files import CheckpointError, write_bytes
 from support.report import provenance, write_json
 from training.checkpoints import is_of_interrupted_run
 from training.run import RunOptions
@@ -89,14 +90,13 @@ def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
 def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
     config = dataclasses.asdict(cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False))
     stored = read_report(name, options)["config"]
-    free = {field.name for field in dataclasses.fields(RunOptions)} | {"preset", "fold"}
+    free = {field.name for field in dataclasses.fields(RunOptions)} - {"precision"} | {"preset"}
     different = [
         f"{key} {stored[key]!r} and not {value!r}"
         for key, value in config.items()
-        if key not in free and key in stored and value not in ("auto", stored[key])
+        # earlier versions wrote 0 for None, and the reverse
+        if key in stored and key not in free and value != "auto" and (stored[key] or None) != (value or None)
     ]
-    if config["fold"] != stored.get("fold") and config["fold"] is not None:
-        different.append(f"fold {stored.get('fold')!r} and not {config['fold']!r}")
     if different:
         raise ValueError(
             f"{options.saved / name}.json was trained with {', '.join(different)}: choose another --output_dir, or "
@@ -186,27 +186,31 @@ def read_report(name: str, options: StudyOptions) -> dict:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table of rows of texts by column; the first column and commands are set to the left."""
-    frame = pd.DataFrame(rows).fillna("")
-    align = ["left" if i == 0 or name == "command" else "right" for i, name in enumerate(frame.columns)]
+    """A Markdown table of rows of texts by column; the first column, recipes and commands are set to the left."""
+    frame = pd.DataFrame(rows)
+    align = ["left" if i == 0 or name in ("recipe", "command") else "right" for i, name in enumerate(frame.columns)]
     return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def write_study(prefix: Path, text: str, config: StudyOptions, **results) -> list[Path]:
-    """Print the tables and write them as <prefix>.md, with everything as <prefix>.json; returns both paths."""
+def spread(mean: float, std: float, digits: int = 1) -> str:
+    """A fraction in percent, with its standard deviation where that is known (not nan)."""
+    return f"{mean:.{digits}%}" + ("" if np.isnan(std) else f" ± {100 * std:.{digits}f}")
+
+
+def records(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table as plain values, with None for nan."""
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
+def write_study(
+    prefix: Path, text: str, config: StudyOptions, pictures: list[Path], failed: list[str], **results
+) -> None:
+    """Print the tables and write them as <prefix>.md, and everything as <prefix>.json; say what was written. Ends with
+    exit code 1 where a run could not be trained."""
     print(f"\n{text}\n")
     paths = [prefix.with_name(prefix.name + ending) for ending in (".md", ".json")]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(text + "\n", encoding="utf-8")
-    # where things lie on a machine is nobody's business
-    local = {field.name for field in dataclasses.fields(StudyOptions)} - {"dataset"}
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
-    write_json(paths[1], {"config": settings, **results, "provenance": provenance()})
-    return paths
-
-
-def finish(written: list[Path], failed: list[str]) -> None:
-    """Say what was written, and end with exit code 1 where a run could not be trained."""
-    print("wrote " + ", ".join(map(str, written)))
+    write_bytes(paths[0], f"{text}\n".encode())
+    write_json(paths[1], {"config": dataclasses.asdict(config), **results, "provenance": provenance()})
+    print("wrote " + ", ".join(map(str, [*paths, *pictures])))
     if failed:
         cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)

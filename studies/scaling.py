@@ -1,10 +1,10 @@
 """From one core to many: what threads and processes gain here, what memory a step takes, and a large run on paper.
 
-    python scaling.py                            # all three: five minutes
-    python scaling.py --only memory              # or throughput, plan
-    python scaling.py --only plan --machines 4   # the large run on other hardware: see --help
+    python -m studies.scaling                            # all three: five minutes
+    python -m studies.scaling --only memory              # or throughput, plan
+    python -m studies.scaling --only plan --machines 4   # the large run on other hardware: see --help
 
-SCALING.md explains the numbers. Writes figures/scaling.json and figures/scaling.png. Needs requirements-dev.txt.
+docs/scaling.md explains the numbers. Writes figures/scaling.json and figures/scaling.png. Needs requirements-dev.txt.
 """
 
 import json
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,17 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
 import utils
-from network import VisionTransformer, count_flops, num_parameters
+from network import VisionTransformer
 from runner import Runner
-from studies.benchmark import GROWTH, cost_in_a_process, synthetic_data
+from studies.benchmark import synthetic_data
+from studies.cost import GROWTH, cost_in_a_process
+from studies.runs import markdown
 from support import cli, distributed
-from support.files import write_bytes
+from support.model import num_parameters
+from support.report import provenance, write_json
+from training.models import count_flops
 from training.optim import build_optimizer, build_schedule
+from training.parallel import ParallelRunner
 
 VIT_S = dict(img_size=224, patch_size=16, hidden_size=384, num_heads=6, num_blocks=12)  # ViT-S/16
 
@@ -40,9 +45,8 @@ VIT_S = dict(img_size=224, patch_size=16, hidden_size=384, num_heads=6, num_bloc
 class Config:
     """Measure how training scales on this machine, and plan a large run on paper."""
 
-    only: list[Literal["throughput", "memory", "plan"]] = field(
-        default_factory=lambda: ["throughput", "memory", "plan"]
-    )
+    # what is measured
+    only: tuple[Literal["throughput", "memory", "plan"], ...] = ("throughput", "memory", "plan")
     workers: int = 2  # most threads, and most processes, that throughput is measured with
     turns: int = 3  # of each combination, by turns
     output_dir: str = "figures"  # where the results go
@@ -60,39 +64,41 @@ class Config:
     picture_kilobytes: float = 110  # a JPEG of ImageNet: 140 GB for all of them
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     with cli.one_line_errors():
-        for name in ("workers", "turns", "images", "epochs", "batch_size", "machines", "gpus"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-        rates = ("gpu_gigabytes_per_second", "network_gigabits_per_second")
-        for name in ("peak_tflops", "utilisation", *rates, "picture_kilobytes"):
-            if not 0 < getattr(config, name) < math.inf:
-                raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-        if config.batch_size % (config.machines * config.gpus):
-            raise ValueError(f"batch_size {config.batch_size} is not a multiple of the number of GPUs")
-        if config.batch_size > config.images:
-            raise ValueError(f"batch_size {config.batch_size} is larger than images {config.images}")
-        folder = Path(config.output_dir)
-        path = folder / "scaling.json"
+        check(config)
+        path = Path(config.output_dir) / "scaling.json"
         try:
             results = json.loads(path.read_text()) if path.exists() else {}  # what is not measured now stays
         except ValueError:
             raise ValueError(f"{path} is damaged: delete it and measure again") from None
+        measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}
         for part in config.only:
-            if part == "throughput":
-                results[part] = compare_throughput(config)
-            if part == "memory":
-                results[part] = compare_memory()
-            if part == "plan":
-                results[part] = plan(config)
-                print_plan(results[part], config)
-            results["provenance"] = {**results.get("provenance", {}), part: cli.provenance()}
-            write_bytes(path, json.dumps(results, indent=1).encode())
+            results[part] = measures[part](config)
+            results["provenance"] = {**results.get("provenance", {}), part: provenance()}
+            write_json(path, results)
         if {"throughput", "memory"} <= results.keys():
-            draw(results, folder / "scaling.png")
+            draw(results, path.with_suffix(".png"))
     print(f"\nwrote {path} and, where throughput and memory are known, scaling.png beside it")
+
+
+def check(config: Config) -> None:
+    """
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in ("workers", "turns", "images", "epochs", "batch_size", "machines", "gpus"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    rates = ("gpu_gigabytes_per_second", "network_gigabits_per_second")
+    for name in ("peak_tflops", "utilisation", *rates, "picture_kilobytes"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    if config.batch_size % (config.machines * config.gpus):
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the number of GPUs")
+    if config.batch_size > config.images:
+        raise ValueError(f"batch_size {config.batch_size} is larger than images {config.images}")
 
 
 # ------------------------------------------------------------------------------------------------------ throughput
@@ -112,33 +118,42 @@ def compare_throughput(config: Config) -> list[dict]:
     for _ in tqdm(range(config.turns), desc="throughput, turns"):
         for (width, processes, threads), results in runs.items():
             results.append(train_in_processes(width, processes, threads))
-    print("\n| hidden size | processes | threads of each | images/s | of one thread | sum of gradients, ms a step |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    rows = []
+    rows, table = [], []
     for (width, processes, threads), results in runs.items():
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         alone = statistics.median(result["images_per_second"] for result in runs[width, 1, 1])
         speedup = medians["images_per_second"] / alone
         rows.append({"hidden_size": width, "processes": processes, "threads": threads, **medians, "speedup": speedup})
-        rate, milliseconds = medians["images_per_second"], 1e3 * medians["all_reduce_seconds"]
-        print(f"| {width} | {processes} | {threads} | {rate:,.0f} | {speedup:.2f} | {milliseconds:.1f} |")
+        table.append(
+            {
+                "hidden size": str(width),
+                "processes": str(processes),
+                "threads of each": str(threads),
+                "images/s": f"{medians['images_per_second']:,.0f}",
+                "of one thread": f"{speedup:.2f}",
+                "sum of gradients, ms a step": f"{1e3 * medians['all_reduce_seconds']:.1f}",
+            }
+        )
+    print(f"\n{markdown(table)}")
     return rows
 
 
 def train_in_processes(width: int, processes: int, threads: int) -> dict:
     """What `be_one_of_the_processes` finds, in new processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    launcher.append("-m")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, *launcher, __file__, "train", *map(str, (width, WIDTHS[width], threads, path))]
+        flags = map(str, (width, WIDTHS[width], threads, path))
+        command = [sys.executable, *launcher, "studies.scaling", "train", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=cli.ROOT)
         return json.loads(path.read_text())
 
 
 def be_one_of_the_processes(width: int, images: int, threads: int, path: str) -> None:
     """Train a ViT as train.py does, an epoch to warm up and three that count; the first process writes images/s, and
-    the seconds that adding up the gradients of all processes takes by itself."""
+    the seconds that summing the gradients of all processes takes by itself."""
     torch.set_num_threads(threads)
     share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = synthetic_data(images).loader("train", 128, shuffle=True, augment="crop_flip", **share)
@@ -146,8 +161,8 @@ def be_one_of_the_processes(width: int, images: int, threads: int, path: str) ->
     model = VisionTransformer(pooling="mean", hidden_size=width)
     optimizer = build_optimizer(model)
     schedule = build_schedule(optimizer, 10_000)
-    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule)
-    runner.training_model = distributed.share_gradients(model, runner.device)
+    kind = ParallelRunner if distributed.world_size() > 1 else Runner
+    runner = kind(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
@@ -210,7 +225,7 @@ def memory_grid() -> list[dict]:
     return [options for i, options in enumerate(grid) if options not in grid[:i]]
 
 
-def compare_memory() -> dict:
+def compare_memory(_config: Config) -> dict:
     """Peak memory of a training step in a process of its own beside the formula's, and how far off that is.
 
     Libraries take memory of their own once they are used: that of the smallest model with one image is measured and
@@ -227,14 +242,22 @@ def compare_memory() -> dict:
         error = predicted / cost["memory_mb"] - 1
         rows.append({**options, "parameters": parameters, **cost, "predicted_mb": predicted, "error": error})
     print(f"\nlibraries' own: {base:.0f} MB\n")
-    print("| batch | image | patch | hidden | blocks | MLP ratio | parameters | measured, MB | formula, MB | off by |")
-    print("|" + "---:|" * 10)
-    for row in rows:
-        print(
-            f"| {row['batch_size']} | {row.get('img_size', 32)} | {row['patch_size']} | {row['hidden_size']} "
-            f"| {row['num_blocks']} | {row.get('mlp_ratio', 4.0):g} | {row['parameters']:,} | {row['memory_mb']:.0f} "
-            f"| {row['predicted_mb']:.0f} | {row['error']:+.0%} |"
-        )
+    table = [
+        {
+            "batch": str(row["batch_size"]),
+            "image": str(row.get("img_size", 32)),
+            "patch": str(row["patch_size"]),
+            "hidden": str(row["hidden_size"]),
+            "blocks": str(row["num_blocks"]),
+            "MLP ratio": f"{row.get('mlp_ratio', 4.0):g}",
+            "parameters": f"{row['parameters']:,}",
+            "measured, MB": f"{row['memory_mb']:.0f}",
+            "formula, MB": f"{row['predicted_mb']:.0f}",
+            "off by": f"{row['error']:+.0%}",
+        }
+        for row in rows
+    ]
+    print(markdown(table))
     print(f"\nlargest error {max(abs(row['error']) for row in rows):.0%}")
     return {"base_mb": base, "rows": rows}
 
@@ -262,7 +285,7 @@ def plan(config: Config) -> dict:
     communication = sent / speed
     steps = config.epochs * (config.images // config.batch_size)
     overall = config.batch_size / (compute + communication)
-    return {
+    result = {
         "parameters": parameters,
         "training_flops_per_image": flops,
         "gpus": gpus,
@@ -278,12 +301,13 @@ def plan(config: Config) -> dict:
         "disk_megabytes_per_second": overall * config.picture_kilobytes / 1e3,
         "gigabytes_of_uint8": config.images * 3 * 224**2 / 1e9,
     }
+    print_plan(result, config)
+    return result
 
 
 def print_plan(result: dict, config: Config) -> None:
     print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper\n")
-    print("| | |\n|---|---:|")
-    for name, value in {
+    table = {
         "parameters": f"{result['parameters']:,}",
         "training, GFLOPs per image": f"{result['training_flops_per_image'] / 1e9:.1f}",
         "GPUs": f"{result['gpus']}, {result['images_per_gpu']} images each",
@@ -295,8 +319,8 @@ def print_plan(result: dict, config: Config) -> None:
         "memory of a GPU, bf16": f"{result['memory_gigabytes_per_gpu']:.1f} GB",
         "JPEGs read": f"{result['disk_megabytes_per_second']:,.0f} MB/s",
         "the training set as uint8": f"{result['gigabytes_of_uint8']:.0f} GB",
-    }.items():
-        print(f"| {name} | {value} |")
+    }
+    print(markdown([{"": name, "plan": value} for name, value in table.items()]))
 
 
 # --------------------------------------------------------------------------------------------------------- picture
@@ -304,9 +328,8 @@ def print_plan(result: dict, config: Config) -> None:
 
 def draw(results: dict, path: Path) -> None:
     """Left images/s of threads and processes, right the formula's memory against what was measured."""
-    figure = utils.new_figure(1000, 400, dpi=200)
-    utils.add_text(figure, 14, 30, "Threads and processes", size=13, weight="bold")
-    utils.add_text(figure, 14, 50, "images/s of training against one thread, batch 128 in all", size=9.5)
+    note = "images/s of training against one thread, batch 128 in all"
+    figure = utils.new_figure(1000, 400, "Threads and processes", note)
     axes = utils.add_axes(figure, 60, 70, 380, 270)
     rows = results["throughput"]
     combinations = list(dict.fromkeys((row["processes"], row["threads"]) for row in rows))
@@ -317,31 +340,27 @@ def draw(results: dict, path: Path) -> None:
         axes.bar(places, [row["speedup"] for row in bars], width=0.36, color=color, label=f"hidden {width}")
         for place, row in zip(places, bars, strict=True):
             axes.text(place, row["speedup"] + 0.02, f"{row['images_per_second']:,.0f}", ha="center", size=9)
-    utils.tidy(axes)
+    axes.grid(axis="y")
     axes.set_xticks(
         range(len(combinations)), [f"{p} process{'es' * (p > 1)}\n{t} thread{'s' * (t > 1)}" for p, t in combinations]
     )
-    axes.set_ylabel("times one thread; on the bars images/s", size=9.5, color=utils.DARK)
-    axes.set_ylim(0, 1.25 * max(row["speedup"] for row in rows))
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.set(ylabel="times one thread; on the bars images/s", ylim=(0, 1.25 * max(row["speedup"] for row in rows)))
+    axes.legend(loc="upper left")
 
-    utils.add_text(figure, 520, 30, "Memory of a training step", size=13, weight="bold")
-    utils.add_text(figure, 520, 50, "MB above the empty process; grey: within 20 % of what was measured", size=9.5)
+    utils.add_text(figure, 520, 28, "Memory of a training step", size=13, weight="bold")
+    utils.add_text(figure, 520, 48, "MB above the empty process; grey: within 20 % of what was measured")
     axes = utils.add_axes(figure, 570, 70, 400, 270)
     rows = results["memory"]["rows"]
     values = [value for row in rows for value in (row["memory_mb"], row["predicted_mb"])]
     ends = [0.8 * min(values), 1.25 * max(values)]
     axes.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="0.9", lw=0)
     axes.loglog([row["memory_mb"] for row in rows], [row["predicted_mb"] for row in rows], "o", color=utils.BLUE)
-    utils.tidy(axes)
+    axes.grid()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_ticks([75, 150, 300, 600, 1200])
         axis.set_minor_locator(NullLocator())
-    axes.set_xlim(*ends)
-    axes.set_ylim(*ends)
-    axes.set_xlabel("measured", size=9.5, color=utils.DARK)
-    axes.set_ylabel("formula", size=9.5, color=utils.DARK)
+    axes.set(xlim=ends, ylim=ends, xlabel="measured", ylabel="formula")
     utils.save_figure(figure, path)
 
 

@@ -17,19 +17,20 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-import utils
 from setup_cifar import load_data
 from studies.runs import (
     Runs,
     StudyOptions,
-    finish,
     markdown,
     read_report,
+    records,
     require_positive,
+    spread,
     train_missing,
     write_study,
 )
 from support import cli
+from support.figures import BLUE, DARK, VERMILLION, add_axes, new_figure, save_figure
 
 TASKS = {  # source and target classes
     "cifar10": ("bird,cat,deer,dog,frog,horse", "airplane,automobile,ship,truck"),
@@ -40,7 +41,7 @@ STARTS = {
     "transfer": "from the source's weights",
     "frozen": "the same, all but the head frozen",
 }
-COLOURS = dict(zip(STARTS, (utils.DARK, utils.BLUE, utils.VERMILLION), strict=True))
+COLOURS = dict(zip(STARTS, (DARK, BLUE, VERMILLION), strict=True))
 
 
 @dataclass
@@ -64,21 +65,18 @@ def main(args: list[str] | None = None) -> None:
         if not all(0 < fraction <= 1 for fraction in config.fractions):
             raise ValueError(f"fractions must be above 0 and at most 1, not {config.fractions}")
         sources, targets = plan(config)
-        failed = []
-        if config.train:
-            failed = train_missing(sources, config) or train_missing(
-                {run["name"]: run["flags"] for run in targets}, config
-            )
+        failed = train_missing(sources, config) if config.train else []
+        if config.train and not failed:
+            failed = train_missing({run["name"]: run["flags"] for run in targets}, config)
         stored = [run for run in targets if (config.saved / f"{run['name']}.json").exists()]
         if not stored:
             raise ValueError(f"no run of this study is stored in {config.saved}")
         for run in stored:
             run["accuracy"] = read_report(run["name"], config)["results"]["test_accuracy"]
-        prefix = config.figures / f"transfer{config.suffix}"
-        table = summarise(stored)
-        draw(table, prefix.with_suffix(".png"), config)
-        written = write_study(prefix, as_markdown(table), config, table=table.to_dict("records"), runs=stored)
-    finish([*written, prefix.with_suffix(".png")], failed)
+        table, prefix = summarise(stored), config.figures / f"transfer{config.suffix}"
+        picture = prefix.with_suffix(".png")
+        draw(table, picture, config)
+        write_study(prefix, as_markdown(table), config, [picture], failed, table=records(table), runs=stored)
 
 
 def plan(config: Config) -> tuple[Runs, list[dict]]:
@@ -112,12 +110,7 @@ def effort(epochs: int, fraction: float, images: int) -> tuple[int, int]:
 def summarise(runs: list[dict]) -> pd.DataFrame:
     """For each number of images and each start: mean test accuracy (a fraction), its standard deviation, and n."""
     groups = pd.DataFrame(runs).groupby(["images", "start"], sort=False)["accuracy"]
-    return (
-        groups.agg(accuracy="mean", std="std", runs="count")
-        .reset_index()
-        .astype({"std": object})
-        .where(lambda x: x.notna(), None)
-    )
+    return groups.agg(accuracy="mean", std="std", runs="count").reset_index()
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -125,9 +118,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = []
     for start, description in STARTS.items():
         cells = table[table["start"] == start].sort_values("images").itertuples()
-        texts = {
-            f"{row.images:,}": f"{row.accuracy:.1%}" + (f" ± {100 * row.std:.1f}" if row.std else "") for row in cells
-        }
+        texts = {f"{row.images:,}": spread(row.accuracy, row.std) for row in cells}
         rows.append({"labelled images": description, **texts})
     return markdown(rows)
 
@@ -136,8 +127,8 @@ def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
     """Test accuracy by the number of labelled images, a line for each start, with standard deviations over seeds."""
     source, target = (task.replace(",", ", ") for task in TASKS[config.dataset])
     note = f"{config.dataset}: first {source}; then {target}"
-    figure = utils.new_figure(760, 470, "Does it help to have seen other pictures first?", note)
-    axes = utils.add_axes(figure, 66, 92, 660, 320)
+    figure = new_figure(760, 470, "Does it help to have seen other pictures first?", note)
+    axes = add_axes(figure, 66, 92, 660, 320)
     for start, description in STARTS.items():
         rows = table[table["start"] == start].sort_values("images")
         style = {"color": COLOURS[start], "marker": "o", "lw": 2, "markersize": 5, "label": description}
@@ -153,7 +144,7 @@ def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
     axes.set(xlabel="labelled images of the target classes", ylabel=f"test accuracy, %{over}")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(STARTS), columnspacing=1.2)
     axes.grid(axis="y")
-    utils.save_figure(figure, path)
+    save_figure(figure, path)
     return figure
 
 

@@ -1,18 +1,17 @@
 """scaling.py: a memory formula that counts what autograd keeps, and a plan whose arithmetic holds."""
 
 import json
-import sys
 
 import pytest
 import torch
+from helpers import run_main
 
 from network import VisionTransformer
 from studies import scaling
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["scaling.py", *map(str, flags)])
-    scaling.main()
+def run(*flags):
+    run_main("studies.scaling", *flags)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_each_parameter_is_sixteen_bytes():
 def test_the_plan_by_hand(tmp_path, monkeypatch, capsys):
     flags = ["--only", "plan", "--output_dir", tmp_path, "--machines", 2, "--gpus", 4, "--batch_size", 512]
     flags += ["--peak_tflops", 100, "--utilisation", 0.5, "--network_gigabits_per_second", 80]
-    run(monkeypatch, *flags, "--images", 5120, "--epochs", 10)
+    run(*flags, "--images", 5120, "--epochs", 10)
     plan = json.loads((tmp_path / "scaling.json").read_text())["plan"]
     parameters = plan["parameters"]
     assert parameters == pytest.approx(22.05e6, rel=0.01)  # ViT-S/16 in DeiT's paper: 22 million
@@ -79,7 +78,7 @@ def test_the_plan_by_hand(tmp_path, monkeypatch, capsys):
 
 
 def test_one_gpu_sends_nothing(tmp_path, monkeypatch):
-    run(monkeypatch, "--only", "plan", "--gpus", 1, "--output_dir", tmp_path)
+    run("--only", "plan", "--gpus", 1, "--output_dir", tmp_path)
     plan = json.loads((tmp_path / "scaling.json").read_text())["plan"]
     assert plan["communication_bytes_per_step"] == plan["communication_seconds_per_step"] == 0
 
@@ -87,7 +86,7 @@ def test_one_gpu_sends_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [("--workers", 0), ("--gpus", 3), ("--utilisation", 0), ("--turns", -1)])
 def test_wrong_flags_are_one_line(tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit):
-        run(monkeypatch, *flags, "--output_dir", tmp_path / "out")
+        run(*flags, "--output_dir", tmp_path / "out")
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -98,8 +97,8 @@ def test_throughput_and_memory_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(
         scaling, "memory_grid", lambda: [{"batch_size": 32, "hidden_size": 64, "patch_size": 4, "num_blocks": 4}]
     )
-    run(monkeypatch, "--only", "throughput", "memory", "--turns", 1, "--output_dir", tmp_path)
-    run(monkeypatch, "--only", "plan", "--output_dir", tmp_path)
+    run("--only", "throughput", "memory", "--turns", 1, "--output_dir", tmp_path)
+    run("--only", "plan", "--output_dir", tmp_path)
     results = json.loads((tmp_path / "scaling.json").read_text())
     assert [(row["processes"], row["threads"]) for row in results["throughput"]] == [(1, 1), (1, 2), (2, 1)]
     assert all(row["images_per_second"] > 0 for row in results["throughput"])
