@@ -38,9 +38,7 @@ def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args, train.dependent_defaults)
     with cli.one_line_errors():
         if config.fold is not None or config.folds < 2:
-            raise ValueError(
-                f"every fold is trained: leave --fold away, and give 2 --folds or more, not {config.folds}"
-            )
+            raise ValueError(f"all are trained: leave --fold away, and --folds must be at least 2, not {config.folds}")
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
         data.fold(0, config.folds, config.split_seed)  # refuses now what no run could do
         model = config.model.removeprefix("timm:").rpartition(":")[2]

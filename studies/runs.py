@@ -199,7 +199,7 @@ def spread(mean: float, std: float, digits: int = 1) -> str:
 
 def records(table: pd.DataFrame) -> list[dict]:
     """The rows of a table as plain values, with None for nan."""
-    return json.loads(table.to_json(orient="records", double_precision=15))
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def write_study(
@@ -210,7 +210,10 @@ def write_study(
     print(f"\n{text}\n")
     paths = [prefix.with_name(prefix.name + ending) for ending in (".md", ".json")]
     write_bytes(paths[0], f"{text}\n".encode())
-    write_json(paths[1], {"config": dataclasses.asdict(config), **results, "provenance": provenance()})
+    # where files lie on one machine says nothing to others
+    local = {field.name for field in dataclasses.fields(StudyOptions)} - {"dataset"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
+    write_json(paths[1], {"config": settings, **results, "provenance": provenance()})
     print("wrote " + ", ".join(map(str, [*paths, *pictures])))
     if failed:
         cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)

@@ -14,7 +14,7 @@ BATCH = 50  # resamples drawn at a time: faster than all at once, which would no
 
 
 def paired_bootstrap(correct: np.ndarray, other: np.ndarray, resamples: int = 10_000, seed: int = 0) -> dict:
-    """The accuracy of one model less that of the other, and how it varies when the test images are drawn anew.
+    """The accuracy of one model minus that of the other, and how it varies when the test images are drawn anew.
 
     Returns:
         `difference`; its 95 % intervals `percentile` and `bca` (bias-corrected and accelerated, Efron 1987), each

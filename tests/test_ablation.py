@@ -34,7 +34,19 @@ def test_every_row_changes_one_hyperparameter_that_exists():
 
 def store(folder, key, seed, accuracy):
     folder.joinpath("saved", "studies").mkdir(parents=True, exist_ok=True)
-    report = {"results": {"val_accuracy": accuracy, "test_accuracy": 0.123}}
+    report = {
+        "results": {
+            "parameters": 1,
+            "val_accuracy": accuracy,
+            "test_loss": 1,
+            "test_accuracy": 0.123,
+            "training_seconds": 1,
+        },
+        "config": {"epochs": 5, "seed": seed},
+        "provenance": {"machine": "", "threads": 1, "accelerator": None, "torch": ""},
+        "metrics": {"val_loss": [1], "val_accuracy": [accuracy], "val_step": [1]},
+        "val_seconds": [1],
+    }
     (folder / "saved" / "studies" / f"ablation_{key}_seed{seed}.json").write_text(json.dumps(report))
 
 
