@@ -3,12 +3,12 @@
     python setup_cifar.py                       # CIFAR-10 into data/, verified, with a sample sheet
     python setup_cifar.py --dataset cifar100    # the same for CIFAR-100
     python setup_cifar.py --dataset digits      # scikit-learn's handwritten digits: no network needed
-    python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see image_folder.py)
+    python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see images/folder.py)
     python setup_cifar.py --augmentations       # also a sheet of what each augmentation does
 
 Images are held as uint8 tensors `(images, 3, height, width)` on the training device, or beside it where they do not
 fit; a batch is cropped, flipped and normalised there by a few vectorised operations. What else may happen to training
-images is told in augment.py.
+images: images/augment.py.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,9 @@ CIFAR = {
 }
 
 
+Parts = tuple[Split, Split, list[str], bool]  # see DATASETS
+
+
 def load_data(
     dataset: str = "auto",
     data_dir: str | Path | None = None,
@@ -87,8 +91,8 @@ def load_data(
     """The data set by name, with a seeded random train/validation split.
 
     Args:
-        dataset: "cifar10", "cifar100", "digits", "auto" (CIFAR-10 where it can be had, else digits with a warning), or
-            a folder of pictures, laid out as image_folder.py says.
+        dataset: a name of DATASETS, "auto" (CIFAR-10 where it is available, else digits with a warning), or a folder of
+            pictures, laid out as images/folder.py says.
         data_dir: where CIFAR lies or goes; None means the environment's DATA_DIR, else `data`.
         val_fraction: the part of the training images that is held out for validation, where a folder has none.
         split_seed: which images these are. It does not change with the training seed, so that validation images of
@@ -108,26 +112,16 @@ def load_data(
         except DownloadError as error:
             warn_about_digits(error)
             dataset = "digits"
-    if dataset not in (*CIFAR, "digits"):
+    if dataset not in DATASETS:
         return load_folder(dataset, img_size, val_fraction, split_seed)
     if img_size != 32:
         raise DataError(f"img_size {img_size} is for folders of pictures: the images of {dataset} have 32 pixels")
-    if dataset in CIFAR:
-        train, test, classes = read_cifar(CIFAR[dataset], folder)
-    else:
-        train, test, classes = read_digits()
+    train, test, classes, flip = DATASETS[dataset](folder)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     num_val = round(len(train) * val_fraction)
     if not 0 < num_val < len(train):
         raise DataError(f"val_fraction {val_fraction} of {len(train)} images leaves a split empty")
-    return Dataset(
-        dataset,
-        classes,
-        train=train.subset(order[num_val:]),
-        val=train.subset(order[:num_val]),
-        test=test,
-        flip=dataset != "digits",
-    )
+    return Dataset(dataset, classes, train.subset(order[num_val:]), train.subset(order[:num_val]), test, flip)
 
 
 def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: int) -> Dataset:
@@ -135,12 +129,12 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
     folder = Path(dataset)
     if not folder.is_dir():
         raise DataError(
-            f"dataset {dataset!r} is neither known nor a folder that is there: choose auto, {', '.join(CIFAR)}, "
-            "digits, or a folder with train/<class>/*.jpg in it"
+            f"dataset {dataset!r} is neither known nor a folder that is there: choose auto, {', '.join(DATASETS)}, "
+            "or a folder with train/<class>/*.jpg in it"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
     name = folder.resolve().name or "pictures"
-    if name in (*CIFAR, "digits"):
+    if name in DATASETS:
         name += "_folder"  # so that what is written is not taken for results on the genuine data
     return Dataset(
         name, classes, **{name: Split(*pair) for name, pair in splits.items()}, flip=True, source=str(folder)
@@ -162,7 +156,7 @@ def warn_about_digits(error: Exception) -> None:
 # ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
-def read_cifar(cifar: Cifar, data_dir: Path) -> tuple[Split, Split, list[str]]:
+def read_cifar(cifar: Cifar, data_dir: Path) -> Parts:
     """The 50,000 training and 10,000 test images and the class names, each file md5-checked.
 
     Looks for the folder (`cifar-10-batches-py`) in `data_dir`, else unpacks the archive there, else downloads it.
@@ -185,7 +179,7 @@ def read_cifar(cifar: Cifar, data_dir: Path) -> tuple[Split, Split, list[str]]:
         labels = np.concatenate([part[f"{cifar.labels}labels"] for part in parts])
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
-    return split(train), split([test]), meta[f"{cifar.labels}label_names"]
+    return split(train), split([test]), meta[f"{cifar.labels}label_names"], True
 
 
 def read_verified(path: Path, md5: str) -> bytes:
@@ -234,7 +228,7 @@ def unpack(cifar: Cifar, archive: Path, folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- digits
 
 
-def read_digits() -> tuple[Split, Split, list[str]]:
+def read_digits() -> Parts:
     """scikit-learn's 1,797 handwritten digits (8x8, 16 greys), enlarged to 3x32x32; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
@@ -243,7 +237,16 @@ def read_digits() -> tuple[Split, Split, list[str]]:
     images = F.interpolate(images, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     everything = Split(images, torch.from_numpy(digits.target).long())
     is_test = torch.arange(len(everything)) % 5 == 0
-    return everything.subset(~is_test), everything.subset(is_test), [str(digit) for digit in range(10)]
+    return everything.subset(~is_test), everything.subset(is_test), [str(digit) for digit in range(10)], False
+
+
+# `--dataset NAME`: a function of the data folder that gives training and test images, the names of the classes, and
+# whether a mirrored image still belongs to its class.
+DATASETS: dict[str, Callable[[Path], Parts]] = {
+    "cifar10": lambda data_dir: read_cifar(CIFAR["cifar10"], data_dir),
+    "cifar100": lambda data_dir: read_cifar(CIFAR["cifar100"], data_dir),
+    "digits": lambda data_dir: read_digits(),
+}
 
 
 # ------------------------------------------------------------------------------------------------------ as a script
@@ -253,15 +256,15 @@ def read_digits() -> tuple[Split, Split, list[str]]:
 class Config:
     """Prepare and verify the data, say what was found, and save a sheet of sample images."""
 
-    dataset: str = "cifar10"  # auto (CIFAR-10 where it can be had, else digits), cifar10, cifar100, digits, or a folder
+    dataset: str = "cifar10"  # auto (CIFAR-10 if it is available, else digits), cifar10, cifar100, digits, or a folder
     data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
     img_size: int = 32  # side in pixels that a folder's pictures are brought to
     figures_dir: str = "figures"  # where the sample sheet goes
     augmentations: bool = False  # also draw what each augmentation does to the same images
 
 
-def main() -> None:
-    config = cli.parse(Config)
+def main(args: list[str] | None = None) -> None:
+    config = cli.parse(Config, args)
     with cli.one_line_errors():
         data = load_data(config.dataset, config.data_dir, img_size=config.img_size)
         print(f"{data.name}: {data.image_size}x{data.image_size} RGB images of {len(data.classes)} classes, verified")
@@ -274,9 +277,8 @@ def main() -> None:
         print(f"  sample sheet: {sheet}")
         if config.augmentations:
             sheet = Path(config.figures_dir) / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
-            first = torch.stack([(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))])[
-                :9
-            ]
+            one_of_each = [(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))]
+            first = torch.stack(one_of_each[:9])
             images, labels = data.train.images[first], data.train.labels[first]
             draw_augmentations(images, labels, data.classes, sheet, data.flip, data.mean)
             print(f"  augmentations: {sheet}")

@@ -132,10 +132,7 @@ def _draw_loss_and_accuracy(
     first_losses = [loss for loss in metrics["train_loss"][:1] + metrics["val_loss"][:1] if math.isfinite(loss)]
     last_step = total_steps or max([*metrics["train_step"], *metrics["val_step"], 1])
     panels = []
-    for name, left, factor, limit in (
-        ("loss", 50, 1, max([2.4, *first_losses])),
-        ("accuracy", 506, 100, 100),
-    ):
+    for name, left, factor, limit in (("loss", 50, 1, max([2.4, *first_losses])), ("accuracy", 506, 100, 100)):
         axes = add_axes(figure, left, top, 376, height)
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
             steps, values = smooth(metrics[f"{split}_step"], metrics[f"{split}_{name}"])

@@ -23,16 +23,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-NAMES = (
-    "none",
-    "crop_flip",
-    "randaugment",
-    "trivialaugment",
-    "autoaugment",
-    "random_erasing",
-    "mixup",
-    "cutmix",
-)
+# What torchvision does to each image, and to a batch and its labels: functions of torchvision's module, the colour that
+# fills what is left empty, and the number of classes.
+OF_IMAGES = {
+    "randaugment": lambda v2, fill, _: v2.RandAugment(fill=fill),
+    "trivialaugment": lambda v2, fill, _: v2.TrivialAugmentWide(fill=fill),
+    "autoaugment": lambda v2, fill, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=fill),
+    "random_erasing": lambda v2, fill, _: v2.RandomErasing(value=fill),
+}
+OF_BATCHES = {
+    "mixup": lambda v2, _, num_classes: v2.MixUp(num_classes=num_classes),
+    "cutmix": lambda v2, _, num_classes: v2.CutMix(num_classes=num_classes),
+}
+NAMES = ("none", "crop_flip", *OF_IMAGES, *OF_BATCHES)
 
 
 def parse_augment(augment: str) -> list[str]:
@@ -91,16 +94,9 @@ class Augmentation:
         from torchvision.transforms import v2
 
         fill = [round(255 * value) for value in mean]
-        of_images = {
-            "randaugment": v2.RandAugment(fill=fill),
-            "trivialaugment": v2.TrivialAugmentWide(fill=fill),
-            "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=fill),
-            "random_erasing": v2.RandomErasing(value=fill),
-        }
-        of_batches = {"mixup": v2.MixUp(num_classes=num_classes), "cutmix": v2.CutMix(num_classes=num_classes)}
-        if chosen := [transform for name, transform in of_images.items() if name in names]:
+        if chosen := [make(v2, fill, num_classes) for name, make in OF_IMAGES.items() if name in names]:
             self.each = v2.Compose(chosen)
-        if chosen := [transform for name, transform in of_batches.items() if name in names]:
+        if chosen := [make(v2, fill, num_classes) for name, make in OF_BATCHES.items() if name in names]:
             self.mix = v2.RandomChoice(chosen)
 
     def draw(self, images: int, batches: int, random: torch.Generator) -> Draws:

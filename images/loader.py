@@ -62,7 +62,7 @@ class Dataset:
     @property
     def metadata(self) -> dict:
         """What a saved model needs to say about its data, so that it can be used and its test images be found."""
-        names = {"dataset": self.name, "source": self.source, "classes": self.classes}
+        names = {"dataset": self.name, "source": self.source, "classes": self.classes, "image_size": self.image_size}
         return {**names, "mean": self.mean, "std": self.std}
 
     def select(self, names: list[str]) -> "Dataset":
@@ -123,10 +123,10 @@ class Dataset:
 class ImageLoader:
     """Iterates over `(images, labels)` batches: float32 `(batch, 3, height, width)` normalised, int64 `(batch,)`.
 
-    With `shuffle` the order changes every epoch. `augment` names what is done to the images (see
-    images/augment.py): they are
-    padded by `padding` pixels (default an eighth of their side: 4 for 32) before they are cropped, and mirrored where
-    `flip` is set. Mixup and cutmix need `num_classes` and turn labels into probabilities, float32 `(batch, classes)`.
+    With `shuffle` the order changes every epoch. `augment` names what is done to the images (images/augment.py): they
+    are padded by `padding` pixels (default an eighth of their side: 4 for 32) before they are cropped, and mirrored
+    where `flip` is set. Mixup and cutmix need `num_classes` and turn labels into probabilities, float32 `(batch,
+    classes)`.
 
     Order and augmentation depend on `(seed, epoch, image)` only, not on the batch size, nor on where an epoch was taken
     up again; mixup and cutmix on the batch too, but not on where the epoch was taken up.

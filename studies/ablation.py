@@ -13,30 +13,15 @@ all runs of that length that are stored.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.runs import (
-    StudyOptions,
-    markdown,
-    read_report,
-    records,
-    require_positive,
-    spread,
-    train_missing,
-    write_study,
-)
+from studies import runs
+from studies.runs import Row
 from support import cli
 from support.figures import BLUE, DARK, GREY, add_axes, new_figure, save_figure
-
-
-class Row(NamedTuple):
-    title: str
-    flags: str  # to train.py
-    seeds: int = 1
-
 
 ROWS = {
     "default": Row("the default recipe", "", 3),
@@ -68,7 +53,7 @@ ROWS = {
 
 
 @dataclass
-class Config(StudyOptions):
+class Config(runs.StudyOptions):
     """Train the default recipe with one thing removed or added at a time, then draw table and figure."""
 
     # what is trained
@@ -84,20 +69,20 @@ class Config(StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        require_positive(config, "epochs")
+        runs.require_positive(config, "epochs")
         common = f"--dataset {config.dataset} --epochs {config.epochs}"
-        runs = {  # a first run of every row, and then a second one
+        wanted = {  # a first run of every row, and then a second one
             f"{config.name}_{key}_seed{seed}": f"{common} {row.flags} --seed {seed}"
             for seed in range(max(row.seeds for row in ROWS.values()))
             for key, row in ROWS.items()
             if seed < row.seeds and key in config.only
         }
-        failed = train_missing(runs, config) if config.train else []
+        failed = runs.train_missing(wanted, config) if config.train else []
         table = summarise(config)
         prefix = config.figures / config.name
         picture = prefix.with_suffix(".png")
         draw(table, picture, config)
-        write_study(prefix, as_markdown(table, config), config, [picture], failed, rows=records(table))
+        runs.write_study(prefix, as_markdown(table, config), config, [picture], failed, rows=runs.records(table))
 
 
 def summarise(config: Config) -> pd.DataFrame:
@@ -108,7 +93,7 @@ def summarise(config: Config) -> pd.DataFrame:
         ValueError: nothing is stored.
     """
     found = {
-        (key, seed): read_report(path.stem, config)["results"]["val_accuracy"]
+        (key, seed): runs.read_report(path.stem, config)["results"]["val_accuracy"]
         for key, row in ROWS.items()
         for seed in range(row.seeds)
         if (path := config.saved / f"{config.name}_{key}_seed{seed}.json").exists()
@@ -136,7 +121,7 @@ def as_markdown(table: pd.DataFrame, config: Config) -> str:
     rows = [
         {
             "": row.title,
-            "validation accuracy": spread(row.mean, row.std),
+            "validation accuracy": runs.spread(row.mean, row.std),
             "points": "" if pd.isna(row.difference) else f"{100 * row.difference:+.1f}",
             "runs": str(len(row.val_accuracies)),
             "command": f"`{f'{command} {row.flags}'.strip()}`",
@@ -144,7 +129,7 @@ def as_markdown(table: pd.DataFrame, config: Config) -> str:
         for row in table.itertuples()
     ]
     note = "Accuracy on the validation images; points are to the default's runs with the same seeds."
-    return f"{markdown(rows)}\n\n{note}"
+    return f"{runs.markdown(rows)}\n\n{note}"
 
 
 def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:

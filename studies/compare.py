@@ -15,7 +15,7 @@ runs that are stored, and says which are missing.
 import io
 import zipfile
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from runner import choose_device
-from studies import comparison, comparison_figures
-from studies.runs import Runs, StudyOptions, read_report, require_positive, train_missing, write_study
+from studies import comparison, comparison_figures, runs
+from studies.runs import Row
 from support import cli
 from support.files import CheckpointError, write_bytes
 from support.model import Model
@@ -38,25 +38,19 @@ RECIPES = {  # name -> flags to train.py
 }
 
 
-class Row(NamedTuple):
-    title: str
-    flags: str  # to train.py
-    seeds: int = 3  # runs, where --seeds does not say
-
-
 MODELS = {
-    "cnn": Row("CNN", "--model cnn"),
-    "vit_patch2": Row("ViT (patch=2)", "--patch_size 2", seeds=1),  # 256 patches: hours on a CPU
-    "vit_patch4": Row("ViT (patch=4)", "--patch_size 4"),
-    "vit_patch6": Row("ViT (patch=6)", "--patch_size 6"),
-    "vit_patch8": Row("ViT (patch=8)", "--patch_size 8"),
-    "vit_small": Row("small ViT (patch=4)", "--hidden_size 24 --num_blocks 3"),  # about as many parameters as the CNN
-    "mlp": Row("MLP", "--model mlp"),
+    "cnn": Row("CNN", "--model cnn", 3),
+    "vit_patch2": Row("ViT (patch=2)", "--patch_size 2"),  # 256 patches: hours on a CPU
+    "vit_patch4": Row("ViT (patch=4)", "--patch_size 4", 3),
+    "vit_patch6": Row("ViT (patch=6)", "--patch_size 6", 3),
+    "vit_patch8": Row("ViT (patch=8)", "--patch_size 8", 3),
+    "vit_small": Row("small ViT (patch=4)", "--hidden_size 24 --num_blocks 3", 3),  # as many parameters as the CNN
+    "mlp": Row("MLP", "--model mlp", 3),
 }
 
 
 @dataclass
-class Config(StudyOptions):
+class Config(runs.StudyOptions):
     """Compare a CNN, Vision Transformers and an MLP: train what is missing, then draw tables and figures."""
 
     # what is trained
@@ -72,22 +66,22 @@ class Config(StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        require_positive(config, "seeds", "epochs")
+        runs.require_positive(config, "seeds", "epochs")
         find_reports(config)  # now rather than after hours of training: they may be of another number of epochs
-        failed = train_missing(plan(config), config) if config.train else []
-        runs = load_runs(config)
+        failed = runs.train_missing(plan(config), config) if config.train else []
+        found = load_runs(config)
         titles = {(recipe, model): MODELS[model].title for recipe in RECIPES for model in MODELS}
-        study = comparison.summarise(runs, titles, config.epochs)
+        study = comparison.summarise(found, titles, config.epochs)
         dataset = {"cifar10": "CIFAR-10"}.get(config.dataset, config.dataset)
         prefix = config.figures / f"model_comparison{config.suffix}"
-        pictures = comparison_figures.draw_all(runs, study, prefix, dataset)
+        pictures = comparison_figures.draw_all(found, study, prefix, dataset)
         for row in study["differences"]:
             del row["resampled"]  # 10,000 numbers, which the figure alone needs
         text = comparison.as_markdown(study, dataset)
-        write_study(prefix, text, config, pictures, failed, **study, runs=[run.stored() for run in runs])
+        runs.write_study(prefix, text, config, pictures, failed, **study, runs=[run.stored() for run in found])
 
 
-def plan(config: Config) -> Runs:
+def plan(config: Config) -> runs.Runs:
     """The runs asked for: a first one of everything, then a second one."""
     return {
         config.run_name(recipe, model, seed): f"{flags} {MODELS[model].flags} --dataset {config.dataset} "
@@ -114,7 +108,7 @@ def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:
         prefix = config.run_name(recipe, model, "")
         seeds = (path.stem.removeprefix(prefix) for path in config.saved.glob(f"{prefix}*.json"))
         for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
-            report = found[recipe, model, seed] = read_report(f"{prefix}{seed}", config)
+            report = found[recipe, model, seed] = runs.read_report(f"{prefix}{seed}", config)
             epochs = report["config"]["epochs"]
             if epochs != config.epochs:
                 raise ValueError(
@@ -131,16 +125,16 @@ def load_runs(config: Config) -> list[comparison.Run]:
         ValueError: there is none, or they were not tested on the same images.
         CheckpointError: a file is damaged.
     """
-    runs = []
+    loaded = []
     for (recipe, model, seed), report in tqdm(find_reports(config).items(), "reading", unit="run", leave=False):
         name = config.run_name(recipe, model, seed)
         answers = load_answers(name, report, config)
-        runs.append(comparison.Run(recipe, model, MODELS[model].title, seed, report, **answers))
-        if not np.array_equal(runs[-1].labels, runs[0].labels):
+        loaded.append(comparison.Run(recipe, model, MODELS[model].title, seed, report, **answers))
+        if not np.array_equal(loaded[-1].labels, loaded[0].labels):
             raise ValueError(f"{name} was tested on other images")
-    if not runs:
+    if not loaded:
         raise ValueError(f"no run of the study on {config.dataset} is stored in {config.saved}")
-    return runs
+    return loaded
 
 
 def load_answers(name: str, report: dict, config: Config) -> dict[str, np.ndarray]:

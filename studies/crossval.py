@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import train
 from setup_cifar import load_data
-from studies.runs import StudyOptions, markdown, read_report, require_positive, spread, train_missing, write_study
+from studies import runs
 from support import cli
 from support.figures import BLUE, DARK, LIGHT, add_axes, new_figure, save_figure
 
@@ -43,12 +43,12 @@ def main(args: list[str] | None = None) -> None:
         data.fold(0, config.folds, config.split_seed)  # refuses now what no run could do
         model = config.model.removeprefix("timm:").rpartition(":")[2]
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
-        options = StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
-        require_positive(options)
-        runs = {f"{name}_fold{k}": f"{flags_of(config)} --fold {k}/{config.folds}" for k in range(config.folds)}
-        if failed := train_missing(runs, options):
+        options = runs.StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
+        runs.require_positive(options)
+        folds = {f"{name}_fold{k}": f"{flags_of(config)} --fold {k}/{config.folds}" for k in range(config.folds)}
+        if failed := runs.train_missing(folds, options):
             cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
-        reports = [read_report(run, options) for run in runs]
+        reports = [runs.read_report(fold, options) for fold in folds]
         results = pd.DataFrame([report["results"] for report in reports])[["val_accuracy", "val_loss"]]
         picture = options.figures / f"{name}.png"
         draw(reports, results["val_accuracy"], picture, f"{config.model} on {data.name}")
@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
             for quantity, values in results.items()
         }
         more = {"folds": config.folds, "dataset": data.name, "trained": reports[0]["config"]}
-        write_study(options.figures / name, as_markdown(results), config, [picture], [], **summary, **more)
+        runs.write_study(options.figures / name, as_markdown(results), config, [picture], [], **summary, **more)
 
 
 def flags_of(config: train.Config) -> str:
@@ -78,9 +78,9 @@ def as_markdown(results: pd.DataFrame) -> str:
         for k, row in enumerate(results.itertuples())
     ]
     mean, std = results.mean(), results.std()
-    accuracy = spread(mean.val_accuracy, std.val_accuracy, digits=2)
+    accuracy = runs.spread(mean.val_accuracy, std.val_accuracy, digits=2)
     loss = f"{mean.val_loss:.4f} ± {std.val_loss:.4f}"
-    return markdown([*rows, {"held out": "mean ± standard deviation", "accuracy": accuracy, "loss": loss}])
+    return runs.markdown([*rows, {"held out": "mean ± standard deviation", "accuracy": accuracy, "loss": loss}])
 
 
 def draw(reports: list[dict], accuracies: pd.Series, path: Path, title: str) -> Figure:

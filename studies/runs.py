@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,14 @@ from training.checkpoints import is_of_interrupted_run
 from training.run import RunOptions
 
 Runs = dict[str, str]  # name -> flags to train.py
+
+
+class Row(NamedTuple):
+    """A row of a study's table."""
+
+    title: str
+    flags: str  # to train.py
+    seeds: int = 1  # runs
 
 
 @dataclass

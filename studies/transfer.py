@@ -18,17 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from setup_cifar import load_data
-from studies.runs import (
-    Runs,
-    StudyOptions,
-    markdown,
-    read_report,
-    records,
-    require_positive,
-    spread,
-    train_missing,
-    write_study,
-)
+from studies import runs
 from support import cli
 from support.figures import BLUE, DARK, VERMILLION, add_axes, new_figure, save_figure
 
@@ -45,7 +35,7 @@ COLOURS = dict(zip(STARTS, (DARK, BLUE, VERMILLION), strict=True))
 
 
 @dataclass
-class Config(StudyOptions):
+class Config(runs.StudyOptions):
     """Train on some classes, then on others with part of the labels, from scratch and from what was learned.
 
     --dataset cifar10 has animals and vehicles, digits 0 to 5 and 6 to 9.
@@ -61,25 +51,25 @@ class Config(StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        require_positive(config, "epochs", "seeds")
+        runs.require_positive(config, "epochs", "seeds")
         if not all(0 < fraction <= 1 for fraction in config.fractions):
             raise ValueError(f"fractions must be above 0 and at most 1, not {config.fractions}")
         sources, targets = plan(config)
-        failed = train_missing(sources, config) if config.train else []
+        failed = runs.train_missing(sources, config) if config.train else []
         if config.train and not failed:
-            failed = train_missing({run["name"]: run["flags"] for run in targets}, config)
+            failed = runs.train_missing({run["name"]: run["flags"] for run in targets}, config)
         stored = [run for run in targets if (config.saved / f"{run['name']}.json").exists()]
         if not stored:
             raise ValueError(f"no run of this study is stored in {config.saved}")
         for run in stored:
-            run["accuracy"] = read_report(run["name"], config)["results"]["test_accuracy"]
+            run["accuracy"] = runs.read_report(run["name"], config)["results"]["test_accuracy"]
         table, prefix = summarise(stored), config.figures / f"transfer{config.suffix}"
         picture = prefix.with_suffix(".png")
         draw(table, picture, config)
-        write_study(prefix, as_markdown(table), config, [picture], failed, table=records(table), runs=stored)
+        runs.write_study(prefix, as_markdown(table), config, [picture], failed, table=runs.records(table), runs=stored)
 
 
-def plan(config: Config) -> tuple[Runs, list[dict]]:
+def plan(config: Config) -> tuple[runs.Runs, list[dict]]:
     """The runs on the source by name, and those on the target: of each name, flags, start and number of images."""
     source, target = TASKS[config.dataset]
     data = load_data(config.dataset, config.data_dir).select(target.split(","))
@@ -107,9 +97,9 @@ def effort(epochs: int, fraction: float, images: int) -> tuple[int, int]:
     return round(epochs * fraction**-0.35), max(1, min(128, images // 5))
 
 
-def summarise(runs: list[dict]) -> pd.DataFrame:
+def summarise(stored: list[dict]) -> pd.DataFrame:
     """For each number of images and each start: mean test accuracy (a fraction), its standard deviation, and n."""
-    groups = pd.DataFrame(runs).groupby(["images", "start"], sort=False)["accuracy"]
+    groups = pd.DataFrame(stored).groupby(["images", "start"], sort=False)["accuracy"]
     return groups.agg(accuracy="mean", std="std", runs="count").reset_index()
 
 
@@ -118,9 +108,9 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = []
     for start, description in STARTS.items():
         cells = table[table["start"] == start].sort_values("images").itertuples()
-        texts = {f"{row.images:,}": spread(row.accuracy, row.std) for row in cells}
+        texts = {f"{row.images:,}": runs.spread(row.accuracy, row.std) for row in cells}
         rows.append({"labelled images": description, **texts})
-    return markdown(rows)
+    return runs.markdown(rows)
 
 
 def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
@@ -131,11 +121,8 @@ def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
     axes = add_axes(figure, 66, 92, 660, 320)
     for start, description in STARTS.items():
         rows = table[table["start"] == start].sort_values("images")
-        style = {"color": COLOURS[start], "marker": "o", "lw": 2, "markersize": 5, "label": description}
-        if config.seeds > 1:
-            axes.errorbar(rows["images"], 100 * rows["accuracy"], 100 * rows["std"].fillna(0), capsize=3, **style)
-        else:
-            axes.plot(rows["images"], 100 * rows["accuracy"], **style)
+        style = {"color": COLOURS[start], "marker": "o", "lw": 2, "markersize": 5, "capsize": 3, "label": description}
+        axes.errorbar(rows["images"], 100 * rows["accuracy"], 100 * rows["std"], **style)
     ticks = sorted(table["images"].unique())
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{images:,}" for images in ticks])

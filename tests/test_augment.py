@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,9 +12,8 @@ import torch.nn.functional as F
 from test_setup_cifar import epoch_of, numbered_split, pixel_loader
 
 import setup_cifar
-from images import augment
 from images.augment import NAMES, Augmentation, import_torchvision, parse_augment
-from setup_cifar import ImageLoader, Split
+from images.loader import ImageLoader, Split
 from studies import benchmark
 
 import_torchvision()
@@ -236,11 +236,9 @@ def test_what_is_turned_or_shifted_in_has_the_mean_colour(digits):
 
 
 def test_the_sheet_of_augmentations(digits, tmp_path, monkeypatch, capsys):
-    arguments = ["setup_cifar.py", "--dataset", "digits", "--augmentations", "--figures_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
     drawn = []
-    monkeypatch.setattr(augment.utils, "save_figure", lambda figure, path: drawn.append((path.name, figure)))
-    setup_cifar.main()
+    monkeypatch.setattr("images.sheets.save_figure", lambda figure, path: drawn.append((path.name, figure)))
+    setup_cifar.main(["--dataset", "digits", "--augmentations", "--figures_dir", str(tmp_path)])
     assert "augmentations_digits.png" in capsys.readouterr().out
     name, figure = drawn[-1]
     assert name == "augmentations_digits.png"
@@ -263,11 +261,10 @@ def test_the_cost_of_each_is_measured_printed_and_stored(tmp_path, monkeypatch, 
     data = benchmark.synthetic_data(16)
     monkeypatch.setattr(benchmark, "synthetic_data", lambda images: data)
     flags = ["--augmentation", "--repeats", "1", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
-    benchmark.main()
+    benchmark.main(flags)
     stored = json.loads((tmp_path / "augmentation_cost.json").read_text())
     assert list(stored["images_per_second"]) == ["none", "autoaugment"]
-    printed = capsys.readouterr().out
+    printed = re.sub(" +", " ", capsys.readouterr().out)
     for name, rates in stored["images_per_second"].items():
         assert rates["loader"] > rates["epoch"] > 0
         assert f"| {name} | {rates['loader']:,.0f} | {rates['epoch']:,.0f} |" in printed

@@ -264,11 +264,7 @@ def test_script_of_a_vit(tmp_path, digits, run):
     figures = tmp_path / "figures"
     code, _, _ = run("--checkpoint", path, "--output_dir", figures)
     assert code == 0
-    assert {file.name for file in figures.iterdir()} == {
-        "explanations.png",
-        "attention_distance.png",
-        "positions.png",
-    }
+    assert {file.name for file in figures.iterdir()} == {"explanations.png", "attention_distance.png", "positions.png"}
 
 
 @pytest.mark.parametrize("model", [CNN(), FeedForward(hidden_size=8)], ids=lambda model: type(model).__name__)

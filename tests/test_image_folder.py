@@ -2,24 +2,19 @@
 
 import json
 import os
-import signal
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_main
 from PIL import Image
 from test_predict import READABLE, UNREADABLE
 
-import evaluate
-import explain
-import predict
-import setup_cifar
-import train
 from images.folder import ImageError
 from network import VisionTransformer
 from setup_cifar import load_data
+from training.run import Run
 
 CLASSES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "eel": (40, 40, 200)}  # and their colours
 
@@ -47,16 +42,6 @@ def numbers(split):
 def pets(tmp_path):
     write_pictures(tmp_path / "pets" / "train")
     return tmp_path / "pets"
-
-
-def run(module, monkeypatch, *arguments):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    try:
-        module.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------- splits
@@ -243,7 +228,7 @@ def trained(tmp_path, monkeypatch):
     classes = {"$x_$": (200, 40, 40), "a b's": (40, 200, 40), "Größe, 50%": (40, 40, 200)}
     write_pictures(tmp_path / "my pets" / "train", classes=classes, size=(100, 60))
     out = tmp_path / "out"
-    run(train, monkeypatch, "--dataset", f"{tmp_path / 'my pets'}/", *SMALL, "--gif_frames", 2, "--output_dir", out)
+    run_main("train.py", "--dataset", f"{tmp_path / 'my pets'}/", *SMALL, "--gif_frames", 2, "--output_dir", out)
     return tmp_path / "my pets", out
 
 
@@ -265,14 +250,14 @@ def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, 
     assert model.metadata["classes"] == sorted(["$x_$", "a b's", "Größe, 50%"])
 
     capsys.readouterr()
-    run(evaluate, monkeypatch, path, "--output_dir", out / "figures", "--device", "cpu")
+    run_main("evaluate.py", path, "--output_dir", out / "figures", "--device", "cpu")
     report = json.loads((out / "saved" / "VisionTransformer_my pets.json").read_text())
     stored = json.loads((out / "figures" / "VisionTransformer_my pets_evaluation.json").read_text())
     assert stored["images"] == 6
     assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
     assert stored["loss"] == pytest.approx(report["results"]["test_loss"], rel=1e-4)
-    run(explain, monkeypatch, "--checkpoint", path, "--output_dir", out / "explained", "--images", 2, "--device", "cpu")
-    run(predict, monkeypatch, folder / "train" / "$x_$" / "000.png", "--checkpoint", path, "--output_dir", out / "seen")
+    run_main("explain.py", "--checkpoint", path, "--output_dir", out / "explained", "--device", "cpu")
+    run_main("predict.py", folder / "train" / "$x_$" / "000.png", "--checkpoint", path, "--output_dir", out / "seen")
     assert "Größe, 50%" in capsys.readouterr().out
     assert (out / "seen" / "000_prediction.png").exists()
 
@@ -281,7 +266,7 @@ def test_a_folder_whose_classes_have_changed_is_not_evaluated(trained, monkeypat
     folder, out = trained
     (folder / "train" / "a b's").rename(folder / "train" / "c")
     with pytest.raises(SystemExit) as stop:
-        run(evaluate, monkeypatch, out / "saved" / "VisionTransformer_my pets.pt", "--output_dir", out / "evaluated")
+        run_main("evaluate.py", out / "saved" / "VisionTransformer_my pets.pt", "--output_dir", out / "evaluated")
     assert stop.value.code == 2
     assert "no longer those that the model was trained on" in capsys.readouterr().err
     assert not (out / "evaluated").exists()
@@ -310,7 +295,7 @@ def test_predict_sees_a_picture_as_training_did(tmp_path):
 def test_a_bad_folder_is_refused_in_one_line_before_anything_is_written(pets, tmp_path, monkeypatch, capfd):
     single_class(pets)
     with pytest.raises(SystemExit) as stop:
-        run(train, monkeypatch, "--dataset", pets, *SMALL, "--output_dir", tmp_path / "out")
+        run_main("train.py", "--dataset", pets, *SMALL, "--output_dir", tmp_path / "out")
     assert stop.value.code == 2
     complaint = capfd.readouterr().err
     assert complaint.startswith("train.py: error: ") and complaint.count("\n") == 1
@@ -319,15 +304,15 @@ def test_a_bad_folder_is_refused_in_one_line_before_anything_is_written(pets, tm
 
 def test_img_size_and_augment_reach_a_run(pets, tmp_path, monkeypatch):
     flags = [*SMALL, "--gif_frames", "0", "--augment", "randaugment+cutmix", "--model", "cnn", "--output_dir", tmp_path]
-    with mock.patch.object(train, "draw_pictures", return_value=[]):
-        run(train, monkeypatch, "--dataset", pets, *flags)
+    with mock.patch.object(Run, "draw_pictures", return_value=[]):
+        run_main("train.py", "--dataset", pets, *flags)
     report = json.loads((tmp_path / "saved" / "CNN_pets.json").read_text())
     assert report["config"]["augment"] == "randaugment+cutmix"
     assert report["config"]["img_size"] == train.CNN.load(tmp_path / "saved" / "CNN_pets.pt").config["img_size"] == 24
 
 
 def test_setup_script_says_what_it_found(pets, tmp_path, monkeypatch, capsys):
-    run(setup_cifar, monkeypatch, "--dataset", pets, "--img_size", 16, "--augmentations", "--figures_dir", tmp_path)
+    run_main("setup_cifar.py", "--dataset", pets, "--img_size", 16, "--augmentations", "--figures_dir", tmp_path)
     printed = capsys.readouterr().out
     for text in ("pets: 16x16 RGB images of 3 classes", "18 images;  per class: 6 to 6"):
         assert text in printed

@@ -3,7 +3,6 @@ import hashlib
 import http.server
 import io
 import pickle
-import sys
 import tarfile
 import threading
 import time
@@ -13,7 +12,9 @@ import pytest
 import torch
 
 import setup_cifar
-from setup_cifar import CIFAR, DataError, DownloadError, ImageLoader, Split, download, load_data
+from images.download import DownloadError, download
+from images.loader import DataError, ImageLoader, Split, fits
+from setup_cifar import CIFAR, load_data
 
 CIFAR10_FOLDER = CIFAR["cifar10"].folder
 
@@ -291,7 +292,7 @@ def test_an_epoch_can_be_taken_up_at_any_batch(first_batch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_images_that_do_not_fit_on_the_gpu_come_batch_by_batch(digits, monkeypatch):
     held = digits.loader("train", 100, "cuda", shuffle=True, augment="crop_flip")
-    monkeypatch.setattr(setup_cifar, "fits", lambda images, device: False)
+    monkeypatch.setattr("images.loader.fits", lambda images, device: False)
     fetched = digits.loader("train", 100, "cuda", shuffle=True, augment="crop_flip")
     assert (held.images.device.type, fetched.images.device.type) == ("cuda", "cpu")
     for (a, labels), (b, same) in zip(held, fetched, strict=True):
@@ -301,9 +302,9 @@ def test_images_that_do_not_fit_on_the_gpu_come_batch_by_batch(digits, monkeypat
 def test_images_may_take_half_of_a_gpus_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000, 9000))
     gpu = torch.device("cuda")
-    assert setup_cifar.fits(torch.zeros(999, dtype=torch.uint8), gpu)
-    assert not setup_cifar.fits(torch.zeros(1001, dtype=torch.uint8), gpu)
-    assert setup_cifar.fits(torch.zeros(1001, dtype=torch.uint8), torch.device("cpu"))
+    assert fits(torch.zeros(999, dtype=torch.uint8), gpu)
+    assert not fits(torch.zeros(1001, dtype=torch.uint8), gpu)
+    assert fits(torch.zeros(1001, dtype=torch.uint8), torch.device("cpu"))
 
 
 def test_every_epoch_and_seed_is_different():
@@ -646,8 +647,7 @@ def test_md5_sums_are_those_of_torchvision():
 
 
 def test_script_prints_what_it_found_and_saves_a_sheet(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["setup_cifar.py", "--dataset", "digits", "--figures_dir", str(tmp_path)])
-    setup_cifar.main()
+    setup_cifar.main(["--dataset", "digits", "--figures_dir", str(tmp_path)])
     printed = capsys.readouterr().out
     for text in ("digits: 32x32", "10 classes", "1,150 images", "287 images", "360 images", "samples_digits.png"):
         assert text in printed
@@ -655,9 +655,8 @@ def test_script_prints_what_it_found_and_saves_a_sheet(tmp_path, monkeypatch, ca
 
 
 def test_script_fails_in_one_line_where_there_is_no_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["setup_cifar.py", "--data-dir", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        setup_cifar.main()
+        setup_cifar.main(["--data-dir", str(tmp_path)])
     assert stop.value.code == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
