@@ -36,9 +36,7 @@ RECIPES = {  # name -> flags to train.py
     "--weight_decay 0 --pooling cls",
     "default": "",
 }
-
-
-MODELS = {
+MODELS = {  # seeds: of each, where --seeds does not say
     "cnn": Row("CNN", "--model cnn", 3),
     "vit_patch2": Row("ViT (patch=2)", "--patch_size 2"),  # 256 patches: hours on a CPU
     "vit_patch4": Row("ViT (patch=4)", "--patch_size 4", 3),

@@ -329,7 +329,7 @@ def test_the_quicker_ones_accuracy_is_its_last_though_its_seeds_took_unequal_tim
 
 def test_a_study_of_another_length_is_refused_before_anything_is_trained(tmp_path, capsys):
     made_up(tmp_path, "plain", "cnn")
-    with mock.patch.object(compare, "train_missing", side_effect=AssertionError), pytest.raises(SystemExit) as stop:
+    with mock.patch.object(runs, "train_missing", side_effect=AssertionError), pytest.raises(SystemExit) as stop:
         run_study("--epochs", 5, "--output_dir", tmp_path)
     assert stop.value.code == 2 and "say --epochs 3" in capsys.readouterr().err
 
