@@ -11,8 +11,9 @@ from helpers import run_main
 from PIL import Image
 from test_predict import READABLE, UNREADABLE
 
+import predict
 from images.folder import ImageError
-from network import VisionTransformer
+from network import CNN, VisionTransformer
 from setup_cifar import load_data
 from training.run import Run
 
@@ -308,7 +309,7 @@ def test_img_size_and_augment_reach_a_run(pets, tmp_path, monkeypatch):
         run_main("train.py", "--dataset", pets, *flags)
     report = json.loads((tmp_path / "saved" / "CNN_pets.json").read_text())
     assert report["config"]["augment"] == "randaugment+cutmix"
-    assert report["config"]["img_size"] == train.CNN.load(tmp_path / "saved" / "CNN_pets.pt").config["img_size"] == 24
+    assert report["config"]["img_size"] == CNN.load(tmp_path / "saved" / "CNN_pets.pt").config["img_size"] == 24
 
 
 def test_setup_script_says_what_it_found(pets, tmp_path, monkeypatch, capsys):

@@ -1,26 +1,26 @@
 """The notebooks run, without CIFAR-10 and without a network, and what is committed of them is fit to be read."""
 
 import json
-import os
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from helpers import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+FOLDERS = ("training", "images", "support", "studies")
 NOTEBOOKS = ["vit_tutorial", "attention_maps", "model_comparison"]
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """The repository's modules, committed results and notebooks in a folder where runs may write."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     for folder in ("saved", "figures", "demos"):
         (tmp_path / folder).mkdir()
         for path in (ROOT / folder).iterdir():
@@ -66,7 +66,7 @@ def test_notebooks_run_from_the_root_too(copy):
 def test_attention_maps_does_without_the_faithfulness_results(copy):
     for path in (copy / "figures").glob("faithfulness*"):
         path.unlink()
-    assert any("python explain.py --faithfulness" in text for text in texts(execute(copy, "attention_maps")))
+    assert any("python -m studies.faithfulness" in text for text in texts(execute(copy, "attention_maps")))
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -114,4 +114,4 @@ def test_the_sheet_holds_twenty_test_images_of_each_class(cifar10):
     for label in range(10):
         expected = cifar10.test.images[cifar10.test.labels == label][:20].numpy()
         assert np.array_equal(images[label], expected)
-    assert os.path.getsize(ROOT / "demos" / "cifar10_samples.png") < 1e6
+    assert (ROOT / "demos" / "cifar10_samples.png").stat().st_size < 1e6
