@@ -129,7 +129,7 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
     folder = Path(dataset)
     if not folder.is_dir():
         raise DataError(
-            f"dataset {dataset!r} is neither known nor a folder that is there: choose auto, {', '.join(DATASETS)}, "
+            f"dataset {dataset!r} is neither a known name nor a folder: choose auto, {', '.join(DATASETS)}, "
             "or a folder with train/<class>/*.jpg in it"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed)

@@ -12,8 +12,8 @@
 All but `none` crop and mirror first. Several are joined by a plus, `randaugment+cutmix`, and done in the order above;
 of mixup and cutmix together each batch gets one. Everything but crop and flip is torchvision's, with its defaults.
 
-Chance is seeded for each image and each batch of an epoch (`Draws`), so that the same can be had again: what happens to
-an image depends on (seed, epoch, image) alone. Only mixup and cutmix look further: how much is mixed depends on (seed,
+Chance is seeded for each image and each batch of an epoch (`Draws`), so that it can be repeated: what happens to an
+image depends on (seed, epoch, image) alone. Only mixup and cutmix look further: how much is mixed depends on (seed,
 epoch, number of the batch), and with what on the order of the images in the batch.
 """
 

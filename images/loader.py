@@ -15,7 +15,7 @@ from images.augment import Augmentation
 
 
 class DataError(ValueError):
-    """The data set cannot be had, or what is there is not what it should be; the message says what to do."""
+    """The data set is not available, or its files are not what they should be; the message says what to do."""
 
 
 @dataclass

@@ -115,7 +115,7 @@ def test_any_format_and_size_is_read_and_the_rest_is_listed_and_left_out(tmp_pat
 
     data = load_data(str(tmp_path / "pets"), img_size=24)
     assert data.classes == ["any", "dog"]
-    assert data.image_size == 24
+    assert data.image_size == data.metadata["image_size"] == 24
     assert len(data.train) + len(data.val) + len(data.test) == 10 + len(READABLE) + 2
     listed = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "skipped" in line]
     assert len(listed) == len(UNREADABLE) + 1
