@@ -136,9 +136,7 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
     name = folder.resolve().name or "pictures"
     if name in DATASETS:
         name += "_folder"  # so that what is written is not taken for results on the genuine data
-    return Dataset(
-        name, classes, **{name: Split(*pair) for name, pair in splits.items()}, flip=True, source=str(folder)
-    )
+    return Dataset(name, classes, **splits, flip=True, source=str(folder))
 
 
 def warn_about_digits(error: Exception) -> None:

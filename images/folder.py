@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from images.loader import Split
+
 TEST_FRACTION, TEST_SEED = 0.2, 0  # fixed: a test image of one run is a training image of no other
 
 
@@ -81,9 +83,7 @@ def to_array(image: Image.Image, side: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- from a folder to a data set
 
 
-def read_folder(
-    folder: Path, side: int, val_fraction: float, split_seed: int
-) -> tuple[list[str], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -> tuple[list[str], dict[str, Split]]:
     """The pictures below `train`, `val` and `test` in `folder`, each brought to `side` by `side` pixels.
 
     Where there is no `val`, the part `val_fraction` of the training pictures is held out, chosen by `split_seed`; where
@@ -91,8 +91,8 @@ def read_folder(
     that cannot be read are listed on stderr and left out; hidden ones (.name) do not count.
 
     Returns:
-        The names of the classes, and for each of "train", "val" and "test" images, uint8 `(n, 3, side, side)`, and
-        labels, int64 `(n,)`, in a random order that is always the same.
+        The names of the classes, and the splits "train", "val" and "test", each in a random order that is always the
+        same.
 
     Raises:
         ImageError: no `train`, fewer than two classes, other classes below `val` or `test`, or a class without a
@@ -120,7 +120,7 @@ def read_folder(
         splits[name] = read_split(folder / name, classes, side)
     for name, fraction, seed in (("test", TEST_FRACTION, TEST_SEED), ("val", val_fraction, split_seed)):
         if name not in splits:
-            splits["train"], splits[name] = hold_out(*splits["train"], fraction, seed, classes, f"{folder / name}")
+            splits["train"], splits[name] = hold_out(splits["train"], fraction, seed, classes, folder / name)
     return classes, splits
 
 
@@ -128,8 +128,8 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def read_split(folder: Path, classes: list[str], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of all that can be read below `folder/<class>`, and a line on stderr for each other file."""
+def read_split(folder: Path, classes: list[str], side: int) -> Split:
+    """All pictures that can be read below `folder/<class>`, and a line on stderr for each other file."""
     files = [(path, label) for label, name in enumerate(classes) for path in pictures(folder / name)]
     random.Random(0).shuffle(files)
     images, labels, unreadable = [], [], []
@@ -146,7 +146,7 @@ def read_split(folder: Path, classes: list[str], side: int) -> tuple[torch.Tenso
     for label, name in enumerate(classes):
         if label not in labels:
             raise ImageError(f"the class {folder / name} is empty: it has no picture that can be read")
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -156,14 +156,12 @@ def pictures(folder: Path) -> list[Path]:
     return [folder / path for path in sorted(visible, key=Path.as_posix)]
 
 
-def hold_out(
-    images: torch.Tensor, labels: torch.Tensor, fraction: float, seed: int, classes: list[str], missing: str
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def hold_out(split: Split, fraction: float, seed: int, classes: list[str], missing: Path) -> tuple[Split, Split]:
     """What is kept and what is held out: the `fraction` of each class, at least one image, chosen by `seed`."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(split), dtype=torch.bool)
     for label, name in enumerate(classes):
-        members = order[labels[order] == label]
+        members = order[split.labels[order] == label]
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise ImageError(
@@ -171,4 +169,4 @@ def hold_out(
                 f"make {missing}"
             )
         held[members[:count]] = True
-    return (images[~held], labels[~held]), (images[held], labels[held])
+    return split.subset(~held), split.subset(held)
