@@ -21,7 +21,7 @@ from setup_cifar import load_data
 from support import cli, distributed
 from training.callbacks import EarlyStopping, WeightAverage, WithProgress, compile_training
 from training.models import build_model, freeze_backbone, load_timm_weights, start_from
-from training.optim import build_optimizer, build_schedule
+from training.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
 from training.presets import PRESETS
 from training.run import Run, RunOptions, check
 
@@ -30,7 +30,7 @@ from training.run import Run, RunOptions, check
 class Config(RunOptions):
     """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
 
-    preset: Literal["default", "quick", "accurate", "small"] = "default"  # other aims: see training/presets.py
+    preset: Literal[tuple(PRESETS)] = "default"  # other aims: see training/presets.py
 
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
@@ -67,10 +67,10 @@ class Config(RunOptions):
     # none, or crop_flip, and with it one or several (randaugment+cutmix) of randaugment, trivialaugment, autoaugment,
     # random_erasing, mixup, cutmix
     augment: str = "crop_flip"
-    optimizer: Literal["muon", "adamw", "adam", "sgd"] = "muon"  # muon: hidden matrices and filters, AdamW: the rest
+    optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # muon for hidden matrices and filters, AdamW for the rest
     lr: float = 8e-3  # peak learning rate, after warm-up: muon's, see RATES for the others
     weight_decay: float = 0.1  # on matrices alone: muon's, see RATES for the others
-    schedule: Literal["cosine", "constant", "linear", "step", "one_cycle"] = "cosine"  # of the rate, after warm-up
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know
     label_smoothing: float = 0.1  # probability spread over the other classes in the training targets
@@ -142,7 +142,7 @@ def dependent_defaults(config: Config) -> dict:
     optimizer = config.optimizer
     if config.model.startswith("timm:") and optimizer == "muon":
         optimizer = "adamw"  # Muon is for the project's own blocks
-    values = {"optimizer": optimizer, **RATES[optimizer]} if optimizer != Config.optimizer else {}
+    values = {"optimizer": optimizer, **RATES.get(optimizer, {})} if optimizer != Config.optimizer else {}
     if (config.pretrained or config.pretrained_file) and optimizer in ("adam", "adamw"):
         values["lr"] = FINE_TUNING_RATE
     return {**values, **PRESETS[config.preset]}
