@@ -5,6 +5,7 @@ chance are kept apart. Intervals and p values are about the test images: what ot
 Standard deviations over seeds are about training: what another run would have given.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +63,8 @@ Groups = dict[tuple[str, str], list[Run]]  # (recipe, model) -> its runs, which 
 
 
 def group(runs: list[Run]) -> Groups:
-    groups = {}
-    for run in runs:
-        groups.setdefault((run.recipe, run.model), []).append(run)
-    return groups
+    """The runs, which are in order of recipe and model."""
+    return {key: list(members) for key, members in itertools.groupby(runs, lambda run: (run.recipe, run.model))}
 
 
 def deviation(values: list[float]) -> float | None:
