@@ -103,12 +103,12 @@ class OwnModel(Model):
     `--model my_model.py:MyNet`, so that a stranger's file cannot choose code to run.
     """
 
-    def __init__(self, name: str, arguments: dict, cls: type[nn.Module] | None = None):
+    def __init__(self, name: str, arguments: dict, own_class: type[nn.Module] | None = None):
         super().__init__()
-        if cls is None:
+        if own_class is None:
             raise ValueError(f"{name} is a class of your own: say where it lies, --model my_model.py:{name}")
         self.config = {"name": name, "arguments": arguments}
-        self.module = cls(**arguments)
+        self.module = own_class(**arguments)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(images)
@@ -137,7 +137,7 @@ def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Mod
     name = contents["config"].get("name") if contents["model"] == OwnModel.__name__ else contents["model"]
     if contents["model"] != OwnModel.__name__ or name != own_class.__name__:
         raise CheckpointError(f"{path} holds a {name}, not a {own_class.__name__} of your own")
-    return OwnModel(**contents["config"], cls=own_class).fill(contents, path)
+    return OwnModel(**contents["config"], own_class=own_class).fill(contents, path)
 
 
 # ------------------------------------------------------------------------------------------------- timm's models

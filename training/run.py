@@ -66,7 +66,7 @@ class Run:
         self.config = config
         self.clock = Clock()
         self.progress = ProgressBar(self.clock)
-        self.training = False
+        self.lock = None  # on the name, once the run has begun
         self.signals = []  # that were received
 
     def __enter__(self) -> "Run":
@@ -82,8 +82,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
+        if self.lock:
+            self.lock.release()
         with self._contexts:
-            if isinstance(error, NonFiniteLoss) or (self.training and isinstance(error, OSError)):
+            if isinstance(error, NonFiniteLoss) or (self.lock and isinstance(error, OSError)):
                 cli.fail(str(error), code=1)
             if error is not None:
                 raise error
@@ -145,14 +147,13 @@ class Run:
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
                 return False
         if self.first:
-            self._lock = self.paths.claim()
+            self.lock = self.paths.claim()
             if not self.config.resume:
                 self.checkpoints.set_interrupted_run_aside()
                 for path in (self.paths.best, self.paths.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
         distributed.seed_rank(self.config.seed, runner.step)
         self.stop_on_signals(runner)
-        self.training = True
         return True
 
     def save_best(self, runner: Runner) -> None:
@@ -269,7 +270,7 @@ class Paths:
     def claim(self) -> FileLock:
         """Make the folders, make sure now that they can be written, and lock the name.
 
-        The lock is released when this process ends, however it ends.
+        The lock is also released when this process ends, however it ends.
 
         Raises:
             OSError: a folder that cannot be written.
