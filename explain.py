@@ -77,9 +77,6 @@ def choose_images(model: Model, count: int, seed: int, data_dir: str | None) -> 
     return next(iter(loader))
 
 
-# --------------------------------------------------------------------------------------------- of the model as a whole
-
-
 @torch.no_grad()
 def mean_attention_distance(model: VisionTransformer, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
     """How far each head looks, in pixels: `(num_blocks, heads)` (Dosovitskiy et al. 2021, figure 7, right).
@@ -122,9 +119,6 @@ def patch_filters(model: VisionTransformer, count: int = 28) -> torch.Tensor:
     filters = (project if isinstance(project, nn.Conv2d) else project[0]).weight
     components = torch.linalg.svd(filters.flatten(1).float().cpu(), full_matrices=False).Vh
     return components[:count].unflatten(1, filters.shape[1:])
-
-
-# -------------------------------------------------------------------------------------------------------- pictures
 
 
 def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, rows: int) -> Figure:

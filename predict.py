@@ -76,17 +76,11 @@ def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------- from a file to the model
-
-
 def to_input(image: Image.Image, model: Model) -> torch.Tensor:
     """An RGB image as the model takes it, `(1, 3, img_size, img_size)`, normalised as in training."""
     pixels = torch.from_numpy(to_array(image, model.image_size))[None]
     mean, std = (torch.tensor(model.metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std
-
-
-# ------------------------------------------------------------------------------------------------ prediction, picture
 
 
 def classify(model: Model, image: Image.Image, path: Path) -> torch.Tensor:

@@ -24,9 +24,6 @@ class ImageError(ValueError):
     """A file that cannot be read as an image, or a folder that is no data set, with the reason in one line."""
 
 
-# ------------------------------------------------------------------------------------------- from a file to a square
-
-
 def read_image(path: str | Path) -> Image.Image:
     """The image in a file as upright 8-bit RGB, of several (an animation) the first, on white where transparent.
 
@@ -78,9 +75,6 @@ def central_square(image: Image.Image, side: int) -> Image.Image:
 def to_array(image: Image.Image, side: int) -> np.ndarray:
     """The pixels that a model sees of an RGB image: uint8 `(3, side, side)`, its central square."""
     return np.array(central_square(image, side)).transpose(2, 0, 1)
-
-
-# ---------------------------------------------------------------------------------------- from a folder to a data set
 
 
 def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -> tuple[list[str], dict[str, Split]]:

@@ -91,9 +91,6 @@ def plan(config: Config) -> runs.Runs:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- what is stored
-
-
 def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:
     """The report of each stored run by recipe, model and seed.
 

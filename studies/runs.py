@@ -72,9 +72,6 @@ def require_positive(config: StudyOptions, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-# -------------------------------------------------------------------------------------------------------- training
-
-
 def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
     """Train each run that is not stored, one that was interrupted from where it was; returns the names of those that
     failed.
@@ -164,8 +161,6 @@ def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
 
-
-# ------------------------------------------------------------------------------------------- what is stored, and shown
 
 NEEDED = {  # of a report
     "results": ("parameters", "val_accuracy", "test_loss", "test_accuracy", "training_seconds"),

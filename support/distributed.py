@@ -104,9 +104,6 @@ def first_to_fail() -> bool:
         return True
 
 
-# ---------------------------------------------------------------------------------------------------- agreement
-
-
 def all_reduce(number: int, operation: Literal["sum", "max"] = "sum") -> int:
     """The sum, or the largest, of every process's number. It travels between processors: no accelerator waits."""
     if world_size() == 1:
