@@ -109,9 +109,6 @@ def is_of_interrupted_run(path: Path) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------- a runner's state
-
-
 def runner_state(runner: Runner) -> dict:
     """All that the rest of the training depends on, as tensors and plain values."""
     runner.read_steps()

@@ -114,9 +114,6 @@ class MuonAndAdamW(Optimizer):
         self._share_groups()
 
 
-# ---------------------------------------------------------------------------------------------------------- schedules
-
-
 def half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 

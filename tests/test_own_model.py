@@ -1,0 +1,99 @@
+"""A model in a file of one's own: `--model my_model.py:MyNet`."""
+
+import json
+
+import pytest
+import torch
+from helpers import SMALL, outcome, run_main
+
+from network import Model
+from support.files import CheckpointError, read_file, write_file
+from training.models import OwnModel, build_model, import_class
+from training.trained import load_model
+
+CODE = """
+import torch.nn as nn
+import beside
+
+class MyNet(nn.Module):
+    def __init__(self, output_size, img_size=8, num_blocks=7, other="default"):
+        super().__init__()
+        self.asked = output_size, img_size, num_blocks, other
+        self.layer = nn.Linear(beside.PIXELS, output_size)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        a, b = 1, 2, 3
+
+class BrokenLater(MyNet):
+    def forward(self, images):
+        raise ValueError("a bug of my own")
+
+Number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "beside.py").write_text("PIXELS = 3072")
+    (tmp_path / "my model.py").write_text(CODE)
+    return str(tmp_path / "my model.py")
+
+
+def test_the_constructor_is_given_by_name_what_it_asks_for(file):
+    model = build_model(f"{file}:MyNet", {"num_blocks": 2, "lr": 1.0}, img_size=32, num_classes=4)
+    assert model.module.asked == (4, 32, 2, "default")
+    assert model.title == "MyNet" and model(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+    assert [p.shape for p in model.get_classifier().parameters()] == [(4, 3072), (4,)]
+
+
+def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = f"{file}:MyNet"
+    run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, "--freeze", "none")
+    report = json.loads((tmp_path / "saved/MyNet_digits.json").read_text())
+    run_main("evaluate.py", "saved/MyNet_digits.pt", "--model", model)
+    stored = json.loads((tmp_path / "figures/MyNet_digits_evaluation.json").read_text())
+    assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
+    run_main("explain.py", "--checkpoint", "saved/MyNet_digits.pt", "--model", model, "--rows", 2)
+    assert "MyNet does not give its attention weights" in capsys.readouterr().out
+    assert (tmp_path / "figures/explanations_MyNet_digits.png").exists()
+    started = ("--init_from", "saved/MyNet_digits.pt", "--freeze", "backbone", "--name", "again")
+    run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, *started)
+    assert load_model("saved/again.pt", model=model).image_size == 32
+
+
+@pytest.mark.parametrize("name", ["Broken", "BrokenLater"])
+def test_an_error_in_ones_own_code_keeps_its_traceback(file, tmp_path, name):
+    with pytest.raises(ValueError, match="too many values|bug of my own") as error:
+        run_main("train.py", *SMALL, "--epochs", 1, "--model", f"{file}:{name}", "--output_dir", tmp_path)
+    assert str(error.traceback[-1].path) == file
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [("{}:Nothing", "no nn.Module of the name 'Nothing'"), ("{}:Number", "no nn.Module"), ("none.py:MyNet", "no file")],
+)
+def test_what_is_not_there_is_one_line(file, tmp_path, where, words):
+    code, error = outcome("train.py", *SMALL, "--model", where.format(file), "--output_dir", tmp_path / "out")
+    assert code == 2 and words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_never_says_where_its_class_lies_nor_has_it_imported(file, tmp_path):
+    model = OwnModel("MyNet", {"output_size": 3}, import_class(f"{file}:MyNet"))
+    model.save(tmp_path / "a.pt", dataset="digits", classes=["a"], mean=[0.0], std=[1.0], image_size=32)
+    assert str(tmp_path) not in str(read_file(tmp_path / "a.pt"))
+    with pytest.raises(CheckpointError, match="say where it lies, --model my_model.py:MyNet"):
+        load_model(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="holds a MyNet, not a BrokenLater"):
+        load_model(tmp_path / "a.pt", model=f"{file}:BrokenLater")
+    contents = read_file(tmp_path / "a.pt")
+    for name in ("os", "posix.system", f"{file}:MyNet"):
+        write_file(tmp_path / "b.pt", {**contents, "model": name})
+        with pytest.raises(CheckpointError, match="does not know"):
+            Model.load(tmp_path / "b.pt")
