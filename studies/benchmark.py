@@ -10,22 +10,29 @@ medians, as ratios. Tables are printed and stored as JSON under figures/. Needs 
 
 import dataclasses
 import json
-import os
+import math
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
+import utils
 from images.augment import NAMES, import_torchvision
 from images.loader import Dataset, Split
 from network import VisionTransformer
 from runner import Runner
-from studies.cost import measure_cost, our_step, take_turns, training_step
 from studies.peers import ReferenceViT, time_run, train_cct_2
 from studies.runs import markdown
 from support import cli
@@ -57,26 +64,66 @@ class Config:
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     torch.set_num_threads(config.threads)
-    folder = Path(config.output_dir)
     with cli.one_line_errors():
-        if config.contender == "cct_2":
-            results, name = train_cct_2(config.cct_epochs, config.seed, config.data_dir), f"cct_2_{config.seed}"
-        elif config.contender:
-            history = time_run(config.contender, config.seed, config.stop_at, config.data_dir)
-            results = {"config": dataclasses.asdict(config), "history": history}
-            name = f"time_to_accuracy_{config.contender}_{config.seed}"
+        if config.contender:
+            run_contender(config, config.contender, config.seed)
         elif config.time_to_accuracy:
-            results, name = time_to_accuracy(config, folder), "time_to_accuracy"
+            store(config, "time_to_accuracy", time_to_accuracy(config))
         elif config.augmentation:
-            results, name = {"images_per_second": compare_augmentations(config)}, "augmentation_cost"
+            store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
         else:
-            results = {"step": compare_steps(config), "pipeline": compare_pipeline()}
-            results["cost"], name = measure_cost(config.threads, folder / "cost.png"), "benchmark"
-        write_json(folder / f"{name}.json", {**results, "provenance": provenance()})
-        print(f"wrote {folder / name}.json")
+            results = {"step": compare_steps(config), "pipeline": compare_pipeline(), "cost": measure_cost(config)}
+            store(config, "benchmark", results)
+
+
+def store(config: Config, name: str, results: dict) -> None:
+    path = Path(config.output_dir) / f"{name}.json"
+    write_json(path, {**results, "provenance": provenance()})
+    print(f"wrote {path}")
+
+
+def print_table(rows: list[dict], columns: str) -> None:
+    """As Markdown; `columns` are keys of a row, each with its format: "batch_size error:+.0%"."""
+    texts = {column.partition(":")[0].replace("_", " "): "{" + column + "}" for column in columns.split()}
+    print("\n" + markdown([{heading: text.format(**row) for heading, text in texts.items()} for row in rows]))
 
 
 # -------------------------------------------------------------------------------------------------- training step
+
+
+def training_step(model: nn.Module, optimizer, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    def step():
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_runner(model: nn.Module, optimizer: str = "muon", kind: type[Runner] = Runner) -> Runner:
+    """As train.py makes it."""
+    optimizer = build_optimizer(model, optimizer)
+    schedule = build_schedule(optimizer, 10_000)
+    return kind(model.train(), optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
+
+
+def our_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: str = "adamw"):
+    """What `Runner` does in a step, with metrics and the check for infinities."""
+    runner = our_runner(model, optimizer)
+    return lambda: runner.train_step(images, labels)
+
+
+def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Wall-clock seconds of each step, measured in turns."""
+    seconds = {name: [] for name in steps}
+    for repeat in tqdm(range(warmup + repeats), desc="taking turns"):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def compare_steps(config: Config) -> dict:
@@ -88,52 +135,40 @@ def compare_steps(config: Config) -> dict:
 
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
 
-    def plain(model):
-        return training_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3), images, labels)
+    def plain(model, optimizer=torch.optim.AdamW):
+        return training_step(model, optimizer(model.parameters(), lr=1e-3), images, labels)
 
-    def ours(**options):
-        return VisionTransformer(**options)
+    def ours(optimizer="adamw", **options):
+        return our_step(VisionTransformer(**options), images, labels, optimizer)
 
     timm_sizes = dict(img_size=32, patch_size=4, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4)
     lucid_sizes = dict(image_size=32, patch_size=4, num_classes=10, dim=64, depth=4, heads=4, dim_head=16, mlp_dim=256)
-    reference = ReferenceViT()
-    default = ours(pooling="mean")
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
     steps = {
-        "reference, MLP ratio 1": training_step(reference, torch.optim.Adam(reference.parameters()), images, labels),
-        "ours, MLP ratio 1, CLS": our_step(ours(mlp_ratio=1.0), images, labels),
-        "ours, MLP ratio 1, mean": our_step(ours(mlp_ratio=1.0, pooling="mean"), images, labels),
+        "reference, MLP ratio 1": plain(ReferenceViT(), torch.optim.Adam),
+        "ours, MLP ratio 1, CLS": ours(mlp_ratio=1.0),
+        "ours, MLP ratio 1, mean": ours(mlp_ratio=1.0, pooling="mean"),
         "timm, MLP ratio 4": plain(TimmViT(**timm_sizes)),
         "vit-pytorch, MLP ratio 4": plain(PytorchViT(**lucid_sizes)),
-        "ours, MLP ratio 4, CLS": our_step(ours(), images, labels),
-        "ours, MLP ratio 4, mean": our_step(default, images, labels),
-        "ours, MLP ratio 4, mean, Muon (train.py)": our_step(ours(pooling="mean"), images, labels, "muon"),
+        "ours, MLP ratio 4, CLS": ours(),
+        "ours, MLP ratio 4, mean": ours(pooling="mean"),
+        "ours, MLP ratio 4, mean, Muon (train.py)": ours("muon", pooling="mean"),
         "cct_2 of vit-pytorch": plain(cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)),
-        "ours, convolutional tokenizer, MLP ratio 2": our_step(
-            ours(tokenizer="conv", pooling="mean", mlp_ratio=2.0), images, labels
-        ),
+        "ours, convolutional tokenizer, MLP ratio 2": ours(tokenizer="conv", pooling="mean", mlp_ratio=2.0),
+        "GEMM": lambda: left @ right,
     }
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    seconds = take_turns({**steps, "GEMM": lambda: left @ right}, config.repeats)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in take_turns(steps, config.repeats).items()}
     gemm_rate = 2 * 2048**3 / medians.pop("GEMM")
-    flops = count_flops(training_step(default, torch.optim.SGD(default.parameters()), images, labels))
+    flops = count_flops(plain(VisionTransformer(pooling="mean"), torch.optim.SGD))
     share = flops / medians["ours, MLP ratio 4, mean"] / gemm_rate
-
-    print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns\n")
-    rows = medians.items()
-    print(markdown([{"step": name, "ms": f"{1e3 * s:.1f}", "images/s": f"{128 / s:,.0f}"} for name, s in rows]))
-    ratios = {
-        f"{peer} / {mine}": medians[peer] / medians[mine]
-        for peer, mine in [
-            ("reference, MLP ratio 1", "ours, MLP ratio 1, CLS"),
-            ("reference, MLP ratio 1", "ours, MLP ratio 1, mean"),
-            ("timm, MLP ratio 4", "ours, MLP ratio 4, CLS"),
-            ("timm, MLP ratio 4", "ours, MLP ratio 4, mean"),
-            ("vit-pytorch, MLP ratio 4", "ours, MLP ratio 4, CLS"),
-            ("vit-pytorch, MLP ratio 4", "ours, MLP ratio 4, mean"),
-        ]
-    }
-    print("\n" + markdown([{"medians": name, "ratio": f"{ratio:.2f}"} for name, ratio in ratios.items()]))
+    ratios = {}
+    for peer in ("reference, MLP ratio 1", "timm, MLP ratio 4", "vit-pytorch, MLP ratio 4"):
+        for mine in (f"ours, {peer.split(', ')[1]}, {pooling}" for pooling in ("CLS", "mean")):
+            ratios[f"{peer} / {mine}"] = medians[peer] / medians[mine]
+    print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns")
+    rows = [{"step": name, "ms": 1e3 * s, "images_per_second": 128 / s} for name, s in medians.items()]
+    print_table(rows, "step ms:.1f images_per_second:,.0f")
+    print_table([{"medians": name, "ratio": ratio} for name, ratio in ratios.items()], "medians ratio:.2f")
     print(f"\nFLOPs of the default step over the GEMM rate of {gemm_rate / 1e9:.0f} GFLOP/s: {share:.2f}")
     return {"medians": medians, "ratios": ratios, "gemm_flops_per_second": gemm_rate, "share_of_gemm_rate": share}
 
@@ -156,21 +191,13 @@ def compare_pipeline() -> dict:
     """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
     data = synthetic_data()
     loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
-    images, labels = next(iter(loader))
     model = VisionTransformer(pooling="mean")
-    bare = our_step(model, images, labels, "muon")
-    optimizer = build_optimizer(model)
-    schedule = build_schedule(optimizer, 10_000)
-    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
-    clock = Clock()
+    bare = our_step(model, *next(iter(loader)), "muon")
+    runner, clock = our_runner(model), Clock()
     runner.callbacks += [clock, ProgressBar(clock)]
-
-    def bare_epoch():
-        for _ in range(len(loader)):
-            bare()
-
-    seconds = take_turns({"bare": bare_epoch, "whole": lambda: runner.train(loader, epochs=1)}, repeats=3, warmup=1)
-    rates = {name: data_size / statistics.median(s) for name, s in seconds.items() for data_size in [len(data.train)]}
+    epochs = {"bare": lambda: [bare() for _ in range(len(loader))], "whole": lambda: runner.train(loader, epochs=1)}
+    seconds = take_turns(epochs, repeats=3, warmup=1)
+    rates = {name: len(data.train) / statistics.median(values) for name, values in seconds.items()}
     share = rates["whole"] / rates["bare"]
     print(f"\nbare step, the same batch again and again: {rates['bare']:,.0f} images/s")
     print(f"whole epoch, with shuffling, augmentation, metrics, progress bar: {rates['whole']:,.0f} images/s")
@@ -183,67 +210,147 @@ def compare_augmentations(config: Config) -> dict:
     data = synthetic_data(1024)
     runs = {}
     for name in NAMES:
-        loader = data.loader("train", 128, shuffle=True, augment=name)
-        model = VisionTransformer(pooling="mean")
-        optimizer = build_optimizer(model)
-        schedule = build_schedule(optimizer, 10_000)
-        runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
+        loader, runner = (
+            data.loader("train", 128, shuffle=True, augment=name),
+            our_runner(VisionTransformer(pooling="mean")),
+        )
         runs[name, "loader"] = lambda loader=loader: deque(loader, maxlen=0)  # takes every batch and keeps none
         runs[name, "epoch"] = lambda loader=loader, runner=runner: runner.train(loader, epochs=1)
-    seconds = take_turns(runs, config.repeats, warmup=1)
     rates = {name: {} for name in NAMES}
-    for (name, what), values in seconds.items():
+    for (name, what), values in take_turns(runs, config.repeats, warmup=1).items():
         rates[name][what] = len(data.train) / statistics.median(values)
-    print(f"\nAugmentation, batch 128, {config.threads} thread(s), medians of {config.repeats} turns\n")
-    table = [
-        {
-            "augment": name,
-            "loader alone, images/s": f"{rate['loader']:,.0f}",
-            "training the default ViT, images/s": f"{rate['epoch']:,.0f}",
-            "against none": f"{rate['epoch'] / rates['none']['epoch'] - 1:+.0%}",
-        }
-        for name, rate in rates.items()
-    ]
-    print(markdown(table))
+    print(f"\nimages/s of the loader alone, and of training the default ViT: {config.threads} thread(s), batch 128,")
+    print(f"medians of {config.repeats} turns; and how far the second is from that without augmentation")
+    rows = [{"augment": name, **r, "change": r["epoch"] / rates["none"]["epoch"] - 1} for name, r in rates.items()]
+    print_table(rows, "augment loader:,.0f epoch:,.0f change:+.0%")
     return rates
+
+
+# ------------------------------------------------------------------------------------------------- how cost grows
+
+
+GROWTH = {  # what varies, and its values
+    "patch_size": [8, 4, 2],
+    "hidden_size": [32, 64, 128, 256],
+    "num_blocks": [2, 4, 8],
+    "batch_size": [32, 64, 128, 256],
+}
+QUANTITIES = {"seconds": ("step, ms", 1e3, utils.BLUE), "memory_mb": ("memory, MB", 1, utils.VERMILLION)}
+
+
+def measure_cost(config: Config) -> dict:
+    """Step time and peak memory against tokens, width, depth and batch, each in a process of its own."""
+    rows, exponents = [], {}
+    for name, values in GROWTH.items():
+        for value in tqdm(values, desc=f"cost against {name}"):
+            options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
+            rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
+        label, sizes = axis_of(name)
+        for quantity in QUANTITIES:
+            measured = [row[quantity] for row in rows if row["varied"] == name]
+            slope = np.polyfit(np.log(sizes), np.log(measured), 1)[0]
+            exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
+    print_table(rows, "varied batch_size patch_size hidden_size num_blocks seconds:.3f memory_mb:.0f")
+    print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
+    draw_cost(rows, exponents, Path(config.output_dir) / "cost.png")
+    return {"rows": rows, "exponents": exponents}
+
+
+def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None:
+    """Step time and memory against tokens, width, depth and batch, both axes logarithmic: a power law is a line."""
+    note = "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied; slopes are fitted exponents"
+    figure = utils.new_figure(1000, 480, "How a training step's cost grows", note)
+    for column, name in enumerate(GROWTH):
+        label, sizes = axis_of(name)
+        for line, (quantity, (unit, scale, color)) in enumerate(QUANTITIES.items()):
+            axes = utils.add_axes(figure, 62 + 240 * column, 80 + 190 * line, 170, 140)
+            values = [scale * row[quantity] for row in rows if row["varied"] == name]
+            axes.loglog(sizes, values, "o-", color=color)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.set_yticks(values, [f"{value:,.0f}" for value in values])
+            axes.minorticks_off()
+            text = f"exponent {exponents[f'{quantity} ~ {label}']:.2f}"
+            axes.text(0.06, 0.86, text, transform=axes.transAxes)
+            axes.set_xlabel(label.replace("_", " ") if line == 1 else "")
+            axes.set_ylabel(unit if column == 0 else "")
+    utils.save_figure(figure, path)
+
+
+def axis_of(name: str) -> tuple[str, list[int]]:
+    """What stands on the axis when `name` is varied, and its values: tokens, where that is the patch size."""
+    if name == "patch_size":
+        return "tokens", [(32 // size) ** 2 for size in GROWTH[name]]
+    return name, GROWTH[name]
+
+
+def cost_in_a_process(options: dict, threads: int = 1) -> dict:
+    """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
+    command = [sys.executable, "-m", "studies.benchmark", "cost", json.dumps(options), str(threads)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=cli.ROOT).stdout)
+
+
+def cost_of_one(options: dict, threads: int) -> dict:
+    """Median seconds of a step, and the peak resident memory above what the process needed before it.
+
+    `options` are the batch size and the ViT's arguments.
+    """
+    torch.set_num_threads(threads)
+    batch_size, img_size = options.pop("batch_size"), options.get("img_size", 32)
+    images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
+    process, done, sizes = psutil.Process(), threading.Event(), []
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            sizes.append(process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
+    seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
+    done.set()
+    watcher.join()
+    return {"seconds": statistics.median(seconds), "memory_mb": (max(sizes) - before) / 2**20}
 
 
 # ----------------------------------------------------------------------------------------------- time to accuracy
 
 
-def time_to_accuracy(config: Config, folder: Path) -> dict:
-    """Run what is missing, each in a process of its own, two contenders in turns; then compare medians."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    reached = {"reference": [], "quick": []}
+def run_contender(config: Config, contender: str, seed: int) -> list[dict]:
+    """Validation accuracy and seconds after each epoch, stored too."""
+    if contender == "cct_2":
+        results, name = train_cct_2(config.cct_epochs, seed, config.data_dir), f"cct_2_{seed}"
+    else:
+        results = {"history": time_run(contender, seed, config.stop_at, config.data_dir)}
+        name = f"time_to_accuracy_{contender}_{seed}"
+    settings = {**dataclasses.asdict(config), "contender": contender, "seed": seed}
+    store(config, name, {"config": settings, **results})
+    return results["history"]
+
+
+def time_to_accuracy(config: Config) -> dict:
+    """Run what is missing, two contenders in turns; then compare medians."""
+    reached, table = {"reference": [], "quick": []}, []
+    print(f"Training until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)")
     for seed in range(config.seeds):
         for contender, rows in reached.items():
-            path = folder / f"time_to_accuracy_{contender}_{seed}.json"
-            if not path.exists():
-                flags = ["--contender", contender, "--seed", str(seed), "--threads", str(config.threads)]
-                flags += ["--output_dir", str(folder)] + (["--data_dir", config.data_dir] if config.data_dir else [])
-                command = [sys.executable, "-m", "studies.benchmark", *flags]
-                subprocess.run(command, check=True, env={**environment, "PYTHONPATH": str(cli.ROOT)})
-            history = json.loads(path.read_text())["history"]
-            rows.append(next((row for row in history if row["val_accuracy"] > TARGET), None))
-    print(f"\nTraining until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)\n")
-    columns = {"epoch": "{}", "val_accuracy": "{:.2%}", "wall_seconds": "{:.1f}", "cpu_seconds": "{:.1f}"}
-    table = [
-        {"contender": contender, "seed": str(seed)}
-        | {name: "not reached" if row is None else text.format(row[name]) for name, text in columns.items()}
-        for contender, rows in reached.items()
-        for seed, row in enumerate(rows)
-    ]
-    print(markdown(table))
+            path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
+            stored = path.exists()
+            history = json.loads(path.read_text())["history"] if stored else run_contender(config, contender, seed)
+            row = next((row for row in history if row["val_accuracy"] > TARGET), None)
+            rows.append(row)
+            table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})
+    print_table(table, "contender seed reached epoch val_accuracy:.2% wall_seconds:.1f cpu_seconds:.1f")
     ratios = {}
     for clock in ("wall_seconds", "cpu_seconds"):
-        medians = {
-            contender: statistics.median([row[clock] if row else float("inf") for row in rows])
-            for contender, rows in reached.items()
-        }
-        ratios[clock] = medians["reference"] / medians["quick"]
+        seconds = {name: [row[clock] if row else math.inf for row in rows] for name, rows in reached.items()}
+        ratios[clock] = statistics.median(seconds["reference"]) / statistics.median(seconds["quick"])
         print(f"\nratio of medians, {clock.replace('_', ' ')}: {ratios[clock]:.1f}")
     return {"reached": reached, "ratios": ratios}
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["cost"]:  # a process started by `cost_in_a_process`
+        print(json.dumps(cost_of_one(json.loads(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        main()

@@ -3,24 +3,23 @@
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
-from tqdm import tqdm
 
 import train
 from images.augment import import_torchvision
 from images.loader import Split
+from runner import Runner
 from setup_cifar import load_data
 from support import cli
 from support.model import num_parameters
+from training.callbacks import WithProgress
 from training.models import build_model
 from training.optim import build_optimizer, build_schedule
 
@@ -46,9 +45,7 @@ class ReferenceViT(nn.Module):
 class ReferenceHead(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.query, self.key, self.value = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(3))
 
     def forward(self, x):
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -88,54 +85,36 @@ class PILDataset(TorchDataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-@torch.no_grad()
-def accuracy_of(model: nn.Module, loader: Iterable) -> float:
-    model.eval()
-    correct = total = 0
-    for images, labels in loader:
-        correct += (model(images).argmax(dim=1) == labels).sum().item()
-        total += len(labels)
-    return correct / total
+class History:
+    """A Runner's callback: after each epoch `rows` has its validation accuracy, and the seconds of training until then,
+    by the clock and of the processor.
 
-
-def train_timed(
-    title: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler | None,
-    train_loader: Iterable,
-    val_loader: Iterable,
-    epochs: int,
-    stop_at: float = 1.0,
-    prepare: Callable | None = None,
-) -> list[dict]:
-    """Validation accuracy after each epoch against the seconds spent in training, by the clock and of the processor.
-
-    Evaluation is left out; so is loading where there is a `prepare(images, labels, epoch)`, which belongs to it.
+    Validation is left out; so is loading, unless `with_loading`. Training ends above `stop_at`.
     """
-    history, wall, cpu = [], 0.0, 0.0
-    for epoch in range(1, epochs + 1):
-        model.train()
-        batches = iter(tqdm(train_loader, desc=f"{title}, epoch {epoch}"))
-        started = time.perf_counter(), time.process_time()
-        for images, labels in batches:
-            if prepare is not None:
-                images, labels = prepare(images, labels, epoch)
-                started = time.perf_counter(), time.process_time()
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-            now = time.perf_counter(), time.process_time()
-            wall, cpu, started = wall + now[0] - started[0], cpu + now[1] - started[1], now
-        accuracy = accuracy_of(model, val_loader)
-        history.append({"epoch": epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
-        tqdm.write(f"{title}, epoch {epoch}: {accuracy:.2%} after {wall:.0f} s")
-        if accuracy > stop_at:
-            break
-    return history
+
+    def __init__(self, with_loading: bool = True, stop_at: float = 1.0):
+        self.with_loading, self.stop_at = with_loading, stop_at
+        self.rows, self.seconds = [], np.zeros(2)
+
+    def train_start(self, _runner: Runner) -> None:
+        self.started = self.now()
+
+    def step_start(self, _runner: Runner) -> None:
+        if not self.with_loading:
+            self.started = self.now()
+
+    def step_end(self, _runner: Runner) -> None:
+        now = self.now()
+        self.seconds, self.started = self.seconds + now - self.started, now
+
+    def epoch_end(self, runner: Runner) -> None:
+        accuracy, (wall, cpu) = runner.metrics["val_accuracy"][-1], self.seconds.tolist()
+        self.rows.append({"epoch": runner.epoch, "wall_seconds": wall, "cpu_seconds": cpu, "val_accuracy": accuracy})
+        runner.stop = accuracy > self.stop_at
+        self.started = self.now()
+
+    def now(self) -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
 
 
 def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) -> list[dict]:
@@ -160,8 +139,10 @@ def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) ->
         schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)
     else:
         raise ValueError(f"unknown contender {contender!r}: choose reference, quick or cct_2")
-    title = f"{contender}, seed {seed}"
-    return train_timed(title, model, optimizer, schedule, train_loader, val_loader, epochs, stop_at)
+    history = History(stop_at=stop_at)
+    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, callbacks=[history])
+    runner.train(WithProgress(train_loader, f"{contender}, seed {seed}"), val_loader, epochs)
+    return history.rows
 
 
 def train_cct_2(epochs: int, seed: int, data_dir: str | None) -> dict:
@@ -191,25 +172,22 @@ def train_cct_2(epochs: int, seed: int, data_dir: str | None) -> dict:
         re_mode="pixel",
     )
     plain = create_transform(**pixels, input_size=32, is_training=False, crop_pct=1.0)
-    train_loader = DataLoader(PILDataset(data.train, strong), batch_size=128, shuffle=True, drop_last=True)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=10)
+
+    def mixed(batch: list):
+        mixup.mixup_enabled = runner.epoch + 1 <= epochs * 175 / 300
+        return mixup(*default_collate(batch))
+
+    train_data = PILDataset(data.train, strong)
+    train_loader = DataLoader(train_data, batch_size=128, shuffle=True, drop_last=True, collate_fn=mixed)
+    val_loader, test_loader = (DataLoader(PILDataset(part, plain), batch_size=500) for part in (data.val, data.test))
     model = cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=55e-5, weight_decay=6e-2, fused=True)
     schedule = build_schedule(optimizer, epochs * len(train_loader), warmup=10 / 300)
-
-    def mix(images, labels, epoch):
-        mixup.mixup_enabled = epoch <= epochs * 175 / 300
-        return mixup(images, labels)
-
-    val_loader = DataLoader(PILDataset(data.val, plain), batch_size=500)
-    title = f"cct_2, seed {seed}"
-    history = train_timed(title, model, optimizer, schedule, train_loader, val_loader, epochs, prepare=mix)
-    test_accuracy = accuracy_of(model, DataLoader(PILDataset(data.test, plain), batch_size=500))
+    history = History(with_loading=False)
+    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, callbacks=[history])
+    runner.train(WithProgress(train_loader, f"cct_2, seed {seed}"), val_loader, epochs)
+    _, test_accuracy = runner.test(test_loader)
     print(f"cct_2: test accuracy {test_accuracy:.2%}")
-    return {
-        "epochs": epochs,
-        "seed": seed,
-        "parameters": num_parameters(model),
-        "history": history,
-        "test_accuracy": test_accuracy,
-    }
+    results = {"epochs": epochs, "seed": seed, "parameters": num_parameters(model)}
+    return {**results, "history": history.rows, "test_accuracy": test_accuracy}

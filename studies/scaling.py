@@ -7,6 +7,7 @@
 docs/scaling.md explains the numbers. Writes figures/scaling.json and figures/scaling.png. Needs requirements-dev.txt.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -14,28 +15,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
 import utils
 from network import VisionTransformer
 from runner import Runner
-from studies.benchmark import synthetic_data
-from studies.cost import GROWTH, cost_in_a_process
-from studies.runs import markdown
+from studies.benchmark import GROWTH, cost_in_a_process, our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed
 from support.model import num_parameters
 from support.report import provenance, write_json
 from training.models import count_flops
-from training.optim import build_optimizer, build_schedule
 from training.parallel import ParallelRunner
 
 VIT_S = dict(img_size=224, patch_size=16, hidden_size=384, num_heads=6, num_blocks=12)  # ViT-S/16
@@ -84,17 +80,13 @@ def main(args: list[str] | None = None) -> None:
 
 
 def check(config: Config) -> None:
-    """
-    Raises:
-        ValueError: naming the flag.
-    """
-    for name in ("workers", "turns", "images", "epochs", "batch_size", "machines", "gpus"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    rates = ("gpu_gigabytes_per_second", "network_gigabits_per_second")
-    for name in ("peak_tflops", "utilisation", *rates, "picture_kilobytes"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    """Raises ValueError for a flag that cannot be."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and value < 1:
+            raise ValueError(f"{field.name} must be at least 1, not {value}")
+        if field.type is float and not 0 < value < math.inf:
+            raise ValueError(f"{field.name} must be positive, not {value}")
     if config.batch_size % (config.machines * config.gpus):
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the number of GPUs")
     if config.batch_size > config.images:
@@ -118,34 +110,23 @@ def compare_throughput(config: Config) -> list[dict]:
     for _ in tqdm(range(config.turns), desc="throughput, turns"):
         for (width, processes, threads), results in runs.items():
             results.append(train_in_processes(width, processes, threads))
-    rows, table = [], []
+    rows = []
     for (width, processes, threads), results in runs.items():
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        alone = statistics.median(result["images_per_second"] for result in runs[width, 1, 1])
-        speedup = medians["images_per_second"] / alone
-        rows.append({"hidden_size": width, "processes": processes, "threads": threads, **medians, "speedup": speedup})
-        table.append(
-            {
-                "hidden size": str(width),
-                "processes": str(processes),
-                "threads of each": str(threads),
-                "images/s": f"{medians['images_per_second']:,.0f}",
-                "of one thread": f"{speedup:.2f}",
-                "sum of gradients, ms a step": f"{1e3 * medians['all_reduce_seconds']:.1f}",
-            }
-        )
-    print(f"\n{markdown(table)}")
+        rows.append({"hidden_size": width, "processes": processes, "threads": threads, **medians})
+        alone = next(row for row in rows if row["hidden_size"] == width)  # one thread is the first combination
+        rows[-1]["speedup"] = medians["images_per_second"] / alone["images_per_second"]
+    print_table(rows, "hidden_size processes threads images_per_second:,.0f speedup:.2f all_reduce_seconds:.4f")
     return rows
 
 
 def train_in_processes(width: int, processes: int, threads: int) -> dict:
     """What `be_one_of_the_processes` finds, in new processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    launcher.append("-m")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         flags = map(str, (width, WIDTHS[width], threads, path))
-        command = [sys.executable, *launcher, "studies.scaling", "train", *flags]
+        command = [sys.executable, *launcher, "-m", "studies.scaling", "train", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, capture_output=True, env=environment, cwd=cli.ROOT)
         return json.loads(path.read_text())
@@ -158,25 +139,14 @@ def be_one_of_the_processes(width: int, images: int, threads: int, path: str) ->
     share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = synthetic_data(images).loader("train", 128, shuffle=True, augment="crop_flip", **share)
     torch.manual_seed(0)
-    model = VisionTransformer(pooling="mean", hidden_size=width)
-    optimizer = build_optimizer(model)
-    schedule = build_schedule(optimizer, 10_000)
-    kind = ParallelRunner if distributed.world_size() > 1 else Runner
-    runner = kind(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        runner.train(loader, epochs=1)
-        seconds.append(time.perf_counter() - started)
+    model, alone = VisionTransformer(pooling="mean", hidden_size=width), distributed.world_size() == 1
+    runner = our_runner(model, kind=Runner if alone else ParallelRunner)
     gradients = torch.zeros(num_parameters(model))
-    all_reduces = []
-    for _ in range(20 if distributed.world_size() > 1 else 0):
-        started = time.perf_counter()
-        dist.all_reduce(gradients)
-        all_reduces.append(time.perf_counter() - started)
+    seconds = take_turns({"epoch": lambda: runner.train(loader, epochs=1)}, repeats=3, warmup=1)
+    seconds |= take_turns({"sum": lambda: alone or dist.all_reduce(gradients)}, repeats=20, warmup=0)
     result = {
-        "images_per_second": images / statistics.median(seconds[1:]),
-        "all_reduce_seconds": statistics.median(all_reduces) if all_reduces else 0.0,
+        "images_per_second": images / statistics.median(seconds["epoch"]),
+        "all_reduce_seconds": 0.0 if alone else statistics.median(seconds["sum"]),
     }
     if distributed.rank() == 0:
         Path(path).write_text(json.dumps(result))
@@ -241,23 +211,10 @@ def compare_memory(_config: Config) -> dict:
         predicted = base + predicted_memory_mb(parameters=parameters, **options)
         error = predicted / cost["memory_mb"] - 1
         rows.append({**options, "parameters": parameters, **cost, "predicted_mb": predicted, "error": error})
-    print(f"\nlibraries' own: {base:.0f} MB\n")
-    table = [
-        {
-            "batch": str(row["batch_size"]),
-            "image": str(row.get("img_size", 32)),
-            "patch": str(row["patch_size"]),
-            "hidden": str(row["hidden_size"]),
-            "blocks": str(row["num_blocks"]),
-            "MLP ratio": f"{row.get('mlp_ratio', 4.0):g}",
-            "parameters": f"{row['parameters']:,}",
-            "measured, MB": f"{row['memory_mb']:.0f}",
-            "formula, MB": f"{row['predicted_mb']:.0f}",
-            "off by": f"{row['error']:+.0%}",
-        }
-        for row in rows
-    ]
-    print(markdown(table))
+    print(f"\nlibraries' own: {base:.0f} MB")
+    sizes, found = "batch_size img_size patch_size hidden_size num_blocks mlp_ratio:g", "memory_mb:.0f predicted_mb:.0f"
+    rows_in_full = [{"img_size": 32, "mlp_ratio": 4.0, **row} for row in rows]
+    print_table(rows_in_full, f"{sizes} parameters:, {found} error:+.0%")
     print(f"\nlargest error {max(abs(row['error']) for row in rows):.0%}")
     return {"base_mb": base, "rows": rows}
 
@@ -301,26 +258,10 @@ def plan(config: Config) -> dict:
         "disk_megabytes_per_second": overall * config.picture_kilobytes / 1e3,
         "gigabytes_of_uint8": config.images * 3 * 224**2 / 1e9,
     }
-    print_plan(result, config)
+    print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper")
+    texts = {name: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for name, value in result.items()}
+    print_table([{"quantity": name.replace("_", " "), "value": text} for name, text in texts.items()], "quantity value")
     return result
-
-
-def print_plan(result: dict, config: Config) -> None:
-    print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper\n")
-    table = {
-        "parameters": f"{result['parameters']:,}",
-        "training, GFLOPs per image": f"{result['training_flops_per_image'] / 1e9:.1f}",
-        "GPUs": f"{result['gpus']}, {result['images_per_gpu']} images each",
-        "compute per step": f"{1e3 * result['compute_seconds_per_step']:.1f} ms",
-        "sent by each GPU per step": f"{result['communication_bytes_per_step'] / 1e6:.0f} MB",
-        "communication per step": f"{1e3 * result['communication_seconds_per_step']:.1f} ms",
-        "images/s": f"{result['images_per_second']:,.0f}",
-        "whole run": f"{result['steps']:,} steps, {result['hours']:.1f} hours",
-        "memory of a GPU, bf16": f"{result['memory_gigabytes_per_gpu']:.1f} GB",
-        "JPEGs read": f"{result['disk_megabytes_per_second']:,.0f} MB/s",
-        "the training set as uint8": f"{result['gigabytes_of_uint8']:.0f} GB",
-    }
-    print(markdown([{"": name, "plan": value} for name, value in table.items()]))
 
 
 # --------------------------------------------------------------------------------------------------------- picture
