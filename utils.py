@@ -152,11 +152,11 @@ def _draw_loss_and_accuracy(
 
 
 def smooth(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS means over equal numbers of steps, each at the end of what it is the mean of."""
-    window = max(1, -(-len(values) // POINTS))
-    parts = range(0, len(values), window)
-    means = [np.mean(values[i : i + window]) for i in parts]
-    return np.array([steps[min(i + window, len(steps)) - 1] for i in parts]), np.array(means)
+    """At most POINTS means over nearly equal numbers of steps, each at the last step that it is the mean of."""
+    parts = [np.array_split(what, max(1, min(len(values), POINTS))) for what in (steps, values)]
+    return np.array([part[-1] for part in parts[0] if len(part)]), np.array(
+        [part.mean() for part in parts[1] if len(part)]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- animation

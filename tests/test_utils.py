@@ -381,3 +381,14 @@ def test_a_long_title_is_made_smaller_rather_than_cut_off(tmp_path):
     utils.save_figure(figure, tmp_path / "picture.png")
     long, short = figure.texts
     assert long.get_window_extent().x1 <= 300 and long.get_fontsize() < 13 and short.get_fontsize() == 13
+
+
+def test_curves_of_every_step_are_smoothed_and_short_ones_left_alone():
+    steps, values = list(range(1, 6261)), [float(step) for step in range(1, 6261)]
+    x, y = utils.smooth(steps, values)
+    assert len(x) == len(y) == utils.POINTS and x[-1] == 6260
+    assert max(x[1:] - x[:-1]) - min(x[1:] - x[:-1]) <= 1  # no last point of a few steps
+    ends = [0, *x.tolist()]
+    assert y == pytest.approx([np.mean(values[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)])
+    assert [part.tolist() for part in utils.smooth([1, 2], [0.5, 0.25])] == [[1, 2], [0.5, 0.25]]
+    assert [part.tolist() for part in utils.smooth([], [])] == [[], []]
