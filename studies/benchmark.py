@@ -191,17 +191,15 @@ def compare_pipeline() -> dict:
     """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
     data = synthetic_data()
     loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
-    model = VisionTransformer(pooling="mean")
-    bare = our_step(model, *next(iter(loader)), "muon")
-    runner, clock = our_runner(model), Clock()
+    runner, clock = our_runner(VisionTransformer(pooling="mean")), Clock()
     runner.callbacks += [clock, ProgressBar(clock)]
+    bare = our_step(runner.model, *next(iter(loader)), "muon")
     epochs = {"bare": lambda: [bare() for _ in range(len(loader))], "whole": lambda: runner.train(loader, epochs=1)}
     seconds = take_turns(epochs, repeats=3, warmup=1)
     rates = {name: len(data.train) / statistics.median(values) for name, values in seconds.items()}
     share = rates["whole"] / rates["bare"]
-    print(f"\nbare step, the same batch again and again: {rates['bare']:,.0f} images/s")
-    print(f"whole epoch, with shuffling, augmentation, metrics, progress bar: {rates['whole']:,.0f} images/s")
-    print(f"ratio: {share:.3f}")
+    print(f"\n{rates['bare']:,.0f} images/s in bare steps with the same batch again and again; in a whole epoch, with")
+    print(f"shuffling, augmentation, metrics and progress bar, {rates['whole']:,.0f}: {share:.3f} of that")
     return {"images_per_second": rates, "ratio": share}
 
 
@@ -269,8 +267,7 @@ def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.set_yticks(values, [f"{value:,.0f}" for value in values])
             axes.minorticks_off()
-            text = f"exponent {exponents[f'{quantity} ~ {label}']:.2f}"
-            axes.text(0.06, 0.86, text, transform=axes.transAxes)
+            axes.set_title(f"exponent {exponents[f'{quantity} ~ {label}']:.2f}")
             axes.set_xlabel(label.replace("_", " ") if line == 1 else "")
             axes.set_ylabel(unit if column == 0 else "")
     utils.save_figure(figure, path)

@@ -51,13 +51,11 @@ def main(args: list[str] | None = None) -> None:
         report = measure(model, images, labels, patch_scores(model, images), size, config.steps, config.seed)
         print(markdown_table(report))
         dataset = model.metadata["dataset"]
+        picture = picture_path(config.output_dir, "faithfulness", config.checkpoint)
         report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
-        json_path, picture = (
-            picture_path(config.output_dir, "faithfulness", config.checkpoint, ending) for ending in ("json", "png")
-        )
-        write_json(json_path, {**report, "provenance": provenance()})
+        write_json(picture.with_suffix(".json"), {**report, "provenance": provenance()})
         draw(report, picture, f"{model.title} on {dataset}")
-        print(f"wrote {json_path}, {picture}")
+        print(f"wrote {picture} and .json beside it")
 
 
 def measure(
@@ -94,25 +92,22 @@ def measure(
     scores = {"random": torch.zeros(len(images), patches), **scores}
     rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in scores.items()}
     removed = torch.linspace(0, patches, min(steps, patches) + 1).round().long()
-    correct = {}  # name -> `(2, points, images)`: deletion and insertion
+    random_area, found = None, {}
     for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
-        correct[name] = torch.stack(
-            [remove_patches(model, images, labels, order, removed, size) for order in (ranking, ranking.flip(1))]
-        )
-    area = {name: torch.trapezoid(values, removed / patches, dim=1) for name, values in correct.items()}
-
-    def summary(name: str, i: int) -> dict:
-        difference = (area[name] - area["random"])[i]
-        margin = 1.96 * difference.std().item() / math.sqrt(len(images))
-        mean = difference.mean().item()
-        return {
-            "accuracy": correct[name][i].mean(dim=1).tolist(),
-            "area": area[name][i].mean().item(),
-            "versus_random": [mean, mean - margin, mean + margin],
-        }
-
-    curves = {name: {kind: summary(name, i) for i, kind in enumerate(("deletion", "insertion"))} for name in correct}
-    return {"images": len(images), "patches": patches, "removed": removed.tolist(), "rankings": curves}
+        found[name] = {}
+        orders = {"deletion": ranking, "insertion": ranking.flip(1)}
+        correct = {kind: remove_patches(model, images, labels, order, removed, size) for kind, order in orders.items()}
+        area = {kind: torch.trapezoid(values, removed / patches, dim=0) for kind, values in correct.items()}  # `(n,)`
+        random_area = random_area or area  # the random ranking comes first
+        for kind in orders:
+            difference = area[kind] - random_area[kind]
+            mean, margin = difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(images))
+            found[name][kind] = {
+                "accuracy": correct[kind].mean(dim=1).tolist(),
+                "area": area[kind].mean().item(),
+                "versus_random": [mean, mean - margin, mean + margin],
+            }
+    return {"images": len(images), "patches": patches, "removed": removed.tolist(), "rankings": found}
 
 
 def rank(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -173,17 +168,15 @@ def draw(report: dict, path: Path, title: str) -> Figure:
     percent = [100 * count / report["patches"] for count in report["removed"]]
     note = f"accuracy on {report['images']:,} test images; removed patches get the mean colour"
     figure = utils.new_figure(960, 420, f"{title}: are the explanations faithful?", note)
-    for panel, (kind, heading) in enumerate(
-        (("deletion", "highest-ranked first: lower is better"), ("insertion", "lowest-ranked first: higher is better"))
-    ):
+    headings = ("highest-ranked first: lower is better", "lowest-ranked first: higher is better")
+    for panel, (kind, place) in enumerate((("deletion", "upper right"), ("insertion", "lower left"))):
         axes = utils.add_axes(figure, 56 + 476 * panel, 84, 410, 278)
         for i, (name, curves) in enumerate(report["rankings"].items()):
             style = {"color": utils.DARK, "ls": "--"} if name == "random" else {"color": colors[i - 1]}
             accuracy = [100 * value for value in curves[kind]["accuracy"]]
             axes.plot(percent, accuracy, lw=1.8, label=f"{name}: {100 * curves[kind]['area']:.1f}", **style)
-        axes.set_title(heading, size=10.5)
+        axes.set_title(headings[panel], size=10.5)
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="patches removed, %", ylabel="accuracy, %")
-        place = "upper right" if kind == "deletion" else "lower left"
         axes.legend(loc=place, title="area under the curve", title_fontsize=9.5)
         axes.grid()
     utils.save_figure(figure, path)

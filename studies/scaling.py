@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,18 +122,17 @@ def compare_throughput(config: Config) -> list[dict]:
 def train_in_processes(width: int, processes: int, threads: int) -> dict:
     """What `be_one_of_the_processes` finds, in new processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        flags = map(str, (width, WIDTHS[width], threads, path))
-        command = [sys.executable, *launcher, "-m", "studies.scaling", "train", *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=cli.ROOT)
-        return json.loads(path.read_text())
+    command = [sys.executable, *launcher, "-m", "studies.scaling", "train", *map(str, (width, WIDTHS[width], threads))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd=cli.ROOT
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def be_one_of_the_processes(width: int, images: int, threads: int, path: str) -> None:
-    """Train a ViT as train.py does, an epoch to warm up and three that count; the first process writes images/s, and
-    the seconds that summing the gradients of all processes takes by itself."""
+def be_one_of_the_processes(width: int, images: int, threads: int) -> dict:
+    """Train a ViT as train.py does, an epoch to warm up and three that count; returns images/s, and the seconds that
+    summing the gradients of all processes takes by itself."""
     torch.set_num_threads(threads)
     share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = synthetic_data(images).loader("train", 128, shuffle=True, augment="crop_flip", **share)
@@ -144,12 +142,10 @@ def be_one_of_the_processes(width: int, images: int, threads: int, path: str) ->
     gradients = torch.zeros(num_parameters(model))
     seconds = take_turns({"epoch": lambda: runner.train(loader, epochs=1)}, repeats=3, warmup=1)
     seconds |= take_turns({"sum": lambda: alone or dist.all_reduce(gradients)}, repeats=20, warmup=0)
-    result = {
+    return {
         "images_per_second": images / statistics.median(seconds["epoch"]),
         "all_reduce_seconds": 0.0 if alone else statistics.median(seconds["sum"]),
     }
-    if distributed.rank() == 0:
-        Path(path).write_text(json.dumps(result))
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -212,9 +208,9 @@ def compare_memory(_config: Config) -> dict:
         error = predicted / cost["memory_mb"] - 1
         rows.append({**options, "parameters": parameters, **cost, "predicted_mb": predicted, "error": error})
     print(f"\nlibraries' own: {base:.0f} MB")
-    sizes, found = "batch_size img_size patch_size hidden_size num_blocks mlp_ratio:g", "memory_mb:.0f predicted_mb:.0f"
+    columns = "batch_size img_size patch_size hidden_size num_blocks mlp_ratio:g parameters:, memory_mb:.0f"
     rows_in_full = [{"img_size": 32, "mlp_ratio": 4.0, **row} for row in rows]
-    print_table(rows_in_full, f"{sizes} parameters:, {found} error:+.0%")
+    print_table(rows_in_full, columns + " predicted_mb:.0f error:+.0%")
     print(f"\nlargest error {max(abs(row['error']) for row in rows):.0%}")
     return {"base_mb": base, "rows": rows}
 
@@ -236,10 +232,8 @@ def plan(config: Config) -> dict:
     rate = gpus * config.utilisation * config.peak_tflops * 1e12 / flops
     compute = config.batch_size / rate
     sent = 2 * (gpus - 1) / gpus * 4 * parameters
-    speed = config.gpu_gigabytes_per_second * 1e9
-    if config.machines > 1:
-        speed = min(speed, config.network_gigabits_per_second * 1e9 / 8)
-    communication = sent / speed
+    links = [config.gpu_gigabytes_per_second] + [config.network_gigabits_per_second / 8] * (config.machines > 1)
+    communication = sent / (min(links) * 1e9)
     steps = config.epochs * (config.images // config.batch_size)
     overall = config.batch_size / (compute + communication)
     result = {
@@ -274,17 +268,14 @@ def draw(results: dict, path: Path) -> None:
     axes = utils.add_axes(figure, 60, 70, 380, 270)
     rows = results["throughput"]
     combinations = list(dict.fromkeys((row["processes"], row["threads"]) for row in rows))
-    widths = list(dict.fromkeys(row["hidden_size"] for row in rows))
-    for number, (width, color) in enumerate(zip(widths, (utils.BLUE, utils.VERMILLION), strict=False)):
+    for number, (width, color) in enumerate(zip(WIDTHS, (utils.BLUE, utils.VERMILLION), strict=False)):
         bars = [row for row in rows if row["hidden_size"] == width]
         places = [combinations.index((row["processes"], row["threads"])) + 0.4 * (number - 0.5) for row in bars]
-        axes.bar(places, [row["speedup"] for row in bars], width=0.36, color=color, label=f"hidden {width}")
-        for place, row in zip(places, bars, strict=True):
-            axes.text(place, row["speedup"] + 0.02, f"{row['images_per_second']:,.0f}", ha="center", size=9)
+        drawn = axes.bar(places, [row["speedup"] for row in bars], width=0.36, color=color, label=f"hidden {width}")
+        axes.bar_label(drawn, [f"{row['images_per_second']:,.0f}" for row in bars], padding=2, size=9)
     axes.grid(axis="y")
-    axes.set_xticks(
-        range(len(combinations)), [f"{p} process{'es' * (p > 1)}\n{t} thread{'s' * (t > 1)}" for p, t in combinations]
-    )
+    texts = [f"{p} process{'es' * (p > 1)}\n{t} thread{'s' * (t > 1)}" for p, t in combinations]
+    axes.set_xticks(range(len(combinations)), texts)
     axes.set(ylabel="times one thread; on the bars images/s", ylim=(0, 1.25 * max(row["speedup"] for row in rows)))
     axes.legend(loc="upper left")
 
@@ -307,7 +298,7 @@ def draw(results: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:  # a process started by train_in_processes
-        with distributed.processes():
-            be_one_of_the_processes(*map(int, sys.argv[2:5]), sys.argv[5])
+        with distributed.processes():  # of which the first alone prints
+            print(json.dumps(be_one_of_the_processes(*map(int, sys.argv[2:]))))
     else:
         main()
