@@ -13,24 +13,21 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
+import train
 from support import cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("training", "images", "support", "studies")
 # what makes a command small; a later flag takes the place of an earlier one
-SMALL = "--dataset digits --img_size 32 --epochs 1 --batch_size 200 --gif_frames 0 --precision fp32".split()
-NOT_RUN = (  # what needs a network, a run that was interrupted, or minutes; such commands are parsed
-    "timm:",
-    "--resume",
-    "--compile",
-    "--flip",
-    "--pretrained",
-    "cifar100",
-)
-# Runs scripts one after another in one process, as importing torch takes most of the time.
+SMALL = "--dataset digits --img_size 32 --epochs 1 --batch_size 10 --label_fraction 0.06 --gif_frames 0".split()
+# what needs a network, an interrupted run, or minutes: such commands are parsed and not run
+NOT_RUN = ("timm:", "--resume", "--compile", "--pretrained", "cifar100", "--tensorboard", "--flip")
+# Runs scripts one after another in one process, because importing torch takes long.
 DRIVER = """
-import importlib, json, sys, traceback
+import importlib, json, sys
 sys.path.insert(0, ".")
+from training.run import Run
+Run.draw_pictures = lambda self, runner: []
 for script, args in json.loads(sys.argv[1]):
     print("RUN", script, *args, flush=True)
     importlib.import_module(script).main(args)
@@ -41,17 +38,29 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+def lines_of_shell(page):
+    return [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+
+
+def as_command(line):
+    """(module, arguments) of a line that runs one of the project's scripts, else None."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["torchrun"]:
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+    if words[:2] == ["python", "-m"] and words[2].startswith("studies."):
+        return words[2], words[3:]
+    if words[:1] == ["python"] and words[1].endswith(".py"):
+        return words[1].removesuffix(".py"), words[2:]
+    return None
+
+
 def commands(page):
-    """Every command of a page as (module, arguments)."""
-    for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["torchrun"]:
-                words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
-            if words[:1] == ["python"] and words[1:2] != ["-m"]:
-                yield words[1].removesuffix(".py"), words[2:]
-            elif words[:2] == ["python", "-m"] and words[2].startswith("studies"):
-                yield words[2], words[3:]
+    return [command for command in map(as_command, lines_of_shell(page)) if command]
+
+
+def commands_in_sentences(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [command for command in map(as_command, re.findall(r"`(python [^`]+)`", text)) if command]
 
 
 ALL = [(page, *command) for page in PAGES for command in commands(page)]
@@ -64,13 +73,26 @@ def test_there_are_commands_of_every_script():
     assert scripts | {f"studies.{name}" for name in studies} <= named
 
 
-@pytest.mark.parametrize("page, script, args", ALL, ids=lambda x: x if isinstance(x, str) else "")
-def test_every_flag_that_is_printed_exists(page, script, args):
-    if page.name == "extending.md":
-        pytest.skip("is run as a whole, with what it adds")
-    module = importlib.import_module(script)
-    dependent = importlib.import_module("train").dependent_defaults if script in ("train", "studies.crossval") else None
-    cli.parse(module.Config, args, dependent)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_that_is_printed_exists(page):
+    printed = commands_in_sentences(page)
+    printed += commands(page) if page.name != "extending.md" else []  # run below, with what the page adds
+    for script, args in printed:
+        module = importlib.import_module(script)
+        dependent = train.dependent_defaults if script in ("train", "studies.crossval") else None
+        cli.parse(module.Config, [arg for arg in args if arg != "--help"], dependent, remember=False)
+
+
+def test_other_commands_are_those_of_this_project():
+    for line in [line for page in PAGES for line in lines_of_shell(page)]:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), line
+        elif words[:2] == ["pip", "install"] and words[2] == "-r":
+            assert (ROOT / words[3]).exists(), line
+        else:
+            known = ("python -m venv .venv", "source .venv/bin/activate", "")
+            assert as_command(line) or " ".join(words) in known, line
 
 
 def test_readme_is_one_page():
@@ -123,11 +145,11 @@ def in_miniature(script, args):
     if any(word in part for part in args for word in NOT_RUN):
         return None
     if script == "train":
-        classes = ["--classes", "1,2", "--batch_size", "50"] if "--classes" in args else []
-        few = ["--label_fraction", "0.5"] if "--label_fraction" in args else []
-        return script, [*args, *SMALL, *classes, *few]
+        precision = ["--precision", "fp32"] if "--preset" in args else []  # bf16 is slow on many processors
+        classes = ["--classes", "1,2"] if "--classes" in args else []
+        return script, [*args, *SMALL, *precision, *classes]
     if script == "setup_cifar":
-        return script, [*args, "--dataset", "digits"]
+        return script, [*args, "--dataset", "digits", "--img_size", "32"]
     if script == "export":
         return script, [*args, "--images", "20", "--no_latency"]
     return (script, args) if script in ("evaluate", "explain", "predict") else None
@@ -151,47 +173,55 @@ def put_in(path, code):
     path.write_text("\n".join([*lines[:line], code, *lines[line:], ""]), encoding="utf-8")
 
 
+def apply(path, diff):
+    """Put the lines with + in the place of those with -, which, with the lines around them, are in the file once."""
+    lines, text = diff.splitlines(), path.read_text(encoding="utf-8")
+    before, after = ("\n".join(line[1:] for line in lines if line[:1] in f" {sign}") for sign in "-+")
+    assert text.count(f"\n{before}\n") == 1, before
+    path.write_text(text.replace(f"\n{before}\n", f"\n{after}\n"), encoding="utf-8")
+
+
 def test_extending_is_true_word_for_word(copy):
     """Each block of code goes where its first line says; then every command of the page runs."""
     page = ROOT / "docs" / "extending.md"
-    for block in blocks(page, "python"):
-        place, code = block.removeprefix("# ").split("\n", 1)
-        put_in(copy / (place if place.endswith(".py") else "anywhere.py"), code)
+    for language, put in (("python", put_in), ("diff", apply)):
+        for block in blocks(page, language):
+            place, code = block.removeprefix("# ").split("\n", 1)
+            put(copy / place, code)
     runs = []
     for script, args in commands(page):
-        small = [*SMALL, "--num_blocks", "1"] if script == "train" else []
-        small = small[2:] if "stripes" in args else small
-        own = ["--name", "MyNet"] if "my_model.py:MyNet" in args else []
-        extra = ["--images", "20", "--no_latency"] if script == "export" else own if script == "train" else []
-        runs.append((script, [*args, *small, *extra]))
+        extra = ["--images", "20", "--no_latency"] if script == "export" else []
+        if script == "train":
+            extra = [*(SMALL[2:] if "stripes" in args else SMALL), "--num_blocks", "1"]
+            extra += ["--name", "MyNet"] if "my_model.py:MyNet" in args else []
+        runs.append((script, [*args, *extra]))
     assert len(runs) > 10
-    drive(copy, runs)
-    drive(copy, [], OBJECTS)
+    drive(copy, runs, DRIVER + OBJECTS)
 
 
 OBJECTS = """
-import sys
-sys.path.insert(0, ".")
 import torch
-from anywhere import StopWhenGood
 from network import FeedForward
 from runner import Runner
 from setup_cifar import load_data
-from train import MoreConfig, focal_loss
+from train import Config, StopWhenGood, focal_loss
 
-assert MoreConfig().gamma == 2.0
+assert Config().gamma == 2.0
+logits, labels = torch.randn(8, 10), torch.randint(0, 10, (8,))
+torch.testing.assert_close(focal_loss(logits, labels, 0.0), torch.nn.functional.cross_entropy(logits, labels))
 data, model = load_data("digits"), FeedForward(3072, 16, 10)
-loader = data.loader("train", 100)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 runner = Runner(model, optimizer, focal_loss, "cpu", callbacks=[StopWhenGood(0.5)])
-runner.train(loader, data.loader("val", 500), epochs=50)
+runner.train(data.loader("train", 100), data.loader("val", 500), epochs=50)
 assert runner.epoch < 50 and runner.metrics["val_accuracy"][-1] > 0.5
 """
 
 
-def test_the_python_lines_of_the_readme_run(copy):
+def test_the_python_lines_of_readme_and_data_run(copy):
     (block,) = blocks(ROOT / "README.md", "python")
-    block = block.replace('load_data("cifar10")', 'load_data("digits")').replace("epochs=20", "epochs=1")
-    assert 'load_data("digits")' in block and "epochs=1" in block
-    drive(copy, MODELS[:1])
-    drive(copy, [], f"import sys\nsys.path.insert(0, '.')\n{block}\nassert loss > 0 and len(attention_weights) == 4")
+    small = 'load_data("digits").part_of_labels(0.1)'
+    block = block.replace('load_data("cifar10")', small).replace("epochs=20", "epochs=1")
+    assert small in block and "epochs=1" in block
+    (other,) = blocks(ROOT / "docs" / "data.md", "python")
+    checks = "assert loss > 0 and len(attention_weights) == 4"
+    drive(copy, MODELS[:1], f"{DRIVER}\n{block}\n{checks}\n{other}")
