@@ -1,0 +1,72 @@
+"""The benchmark's times to accuracy: which seconds count, and what is stored of a run."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import batches, run_main
+from torch import nn
+
+from runner import Runner
+from studies import benchmark, peers
+
+
+class FakeTime:
+    """A clock on which loading a batch takes 1 second, a step 10, validation 1000; all of it on the processor."""
+
+    seconds = 0.0
+
+    def perf_counter(self):
+        return self.seconds
+
+    process_time = perf_counter
+
+    def passing(self, loader, seconds):
+        for batch in loader:
+            self.seconds += seconds
+            yield batch
+
+
+@pytest.mark.parametrize("with_loading, step", [(True, 11), (False, 10)])
+def test_seconds_are_those_of_training_steps(monkeypatch, with_loading, step):
+    clock = FakeTime()
+    monkeypatch.setattr(peers, "time", clock)
+
+    class Loader(list):  # 3 batches
+        def __init__(self, seconds):
+            super().__init__(batches())
+            self.seconds = seconds
+
+        def __iter__(self):
+            return clock.passing(super().__iter__(), self.seconds)
+
+    class Slow(Runner):
+        def train_step(self, images, labels):
+            clock.seconds += 10
+            super().train_step(images, labels)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    history = peers.History(with_loading)
+    runner = Slow(model, torch.optim.SGD(model.parameters()), nn.CrossEntropyLoss(), "cpu", callbacks=[history])
+    runner.train(Loader(1), Loader(1000), epochs=2)
+    assert [row["epoch"] for row in history.rows] == [1, 2]
+    for clock_name in ("wall_seconds", "cpu_seconds"):
+        assert [row[clock_name] for row in history.rows] == [3 * step, 6 * step]
+    assert [row["val_accuracy"] for row in history.rows] == runner.metrics["val_accuracy"]
+
+
+def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, capsys):
+    data = benchmark.synthetic_data(256)
+    monkeypatch.setattr(peers, "load_data", lambda *args: data)
+    monkeypatch.setattr(benchmark, "TARGET", 0.01)
+    run_main("studies.benchmark", "--time_to_accuracy", "--seeds", 1, "--stop_at", 0.01, "--output_dir", tmp_path)
+    for contender in ("reference", "quick"):
+        report = json.loads((tmp_path / f"time_to_accuracy_{contender}_0.json").read_text())
+        assert report["config"]["contender"] == contender and len(report["history"]) == 1
+    assert "| reference | " in re.sub(" +", " ", capsys.readouterr().out)
+    together = json.loads((tmp_path / "time_to_accuracy.json").read_text())
+    assert together["reached"]["quick"] == report["history"]
+    assert together["ratios"].keys() == {"wall_seconds", "cpu_seconds"}
+    with pytest.raises(SystemExit):
+        run_main("studies.benchmark", "--contender", "nobody", "--output_dir", tmp_path)
