@@ -37,7 +37,7 @@ class Config:
     """Evaluate saved models, each on the test set of the data set that it was trained on."""
 
     models: tuple[str, ...]  # files that train.py wrote
-    model: str | None = None  # where the class of models of your own lies, my_model.py:MyNet; of others nothing is said
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str = "figures"  # the folder that pictures and figures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
@@ -127,14 +127,13 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
         "model": path,
         "dataset": dataset,
         **measures(answers),
-        "calibration": calibration(probabilities, labels),
         "confusion_matrix": confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(len(classes))).tolist(),
         "classes": per_class(probabilities, labels, classes),
         "provenance": provenance(),
     }
     print(f"\n{path}: {title} on the {len(labels):,} test images of {dataset}")
-    print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}", end="  ")
-    print(f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)\n")
+    error = f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)"
+    print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}  {error}\n")
     print(markdown_table(report["classes"]))
     title = f"{title} on {dataset}"
     files = [prefix.with_name(f"{prefix.name}_{what}.png") for what in ("confusion", "calibration", "mistakes")]
@@ -148,12 +147,14 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
 
 
 def measures(answers: Answers) -> dict:
-    """Number of images, accuracy (a fraction), loss, expected calibration error (a fraction)."""
+    """Number of images, accuracy (a fraction), loss, expected calibration error (a fraction) and its table."""
+    table = calibration(answers.logits.softmax(dim=1), answers.labels)
     return {
         "images": len(answers.labels),
         "accuracy": answers.correct.float().mean().item(),
         "loss": F.cross_entropy(answers.logits, answers.labels).item(),
-        "expected_calibration_error": expected_calibration_error(answers.logits.softmax(dim=1), answers.labels),
+        "expected_calibration_error": expected_calibration_error(table),
+        "calibration": table,
     }
 
 
@@ -181,21 +182,22 @@ def compare(members: list[Answers], together: Answers) -> list[dict]:
     """For each member its measures, the accuracy of `together` minus its own, and that difference's 95 % intervals."""
     rows = []
     for member in members:
-        gain = paired_bootstrap(together.correct.numpy(), member.correct.numpy())
-        del gain["resampled"]
-        rows.append({"name": member.name, **measures(member), **gain})
+        row = {"name": member.name, **measures(member)}
+        row |= paired_bootstrap(together.correct.numpy(), member.correct.numpy())
+        rows.append({name: value for name, value in row.items() if name not in ("calibration", "resampled")})
     return rows
 
 
 def report_ensemble(members: list[Answers], together: Answers, title: str, prefix: Path) -> dict:
     """Print, draw and store how the ensemble does against each member; returns what is stored in `<prefix>.json`."""
-    rows = compare(members, together)
-    report = {"ensemble": measures(together), "members": rows, "provenance": provenance()}
+    whole, rows = measures(together), compare(members, together)
+    del whole["calibration"]
+    report = {"ensemble": whole, "members": rows, "provenance": provenance()}
     lines = [
         "| | test accuracy | loss | calibration error | the ensemble's gain, points (95 %, BCa) |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in (*rows, {"name": "ensemble", **report["ensemble"]}):
+    for row in (*rows, {"name": "ensemble", **whole}):
         gain = ""
         if "bca" in row:
             gain = f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})"
@@ -232,23 +234,19 @@ def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = B
     table = []
     for i in range(bins):
         members = index == i
-        count = int(members.sum())
-        table.append(
-            {
-                "low": i / bins,
-                "high": (i + 1) / bins,
-                "images": count,
-                "confidence": confidence[members].mean().item() if count else None,
-                "accuracy": correct[members].mean().item() if count else None,
-            }
-        )
+        row = {"low": i / bins, "high": (i + 1) / bins, "images": int(members.sum())}
+        for name, values in (("confidence", confidence), ("accuracy", correct)):
+            row[name] = values[members].mean().item() if row["images"] else None
+        table.append(row)
     return table
 
 
-def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
-    """The mean over images of |accuracy - confidence| of the bin that each falls into, a fraction (Guo et al. 2017)."""
-    table = [row for row in calibration(probabilities, labels, bins) if row["images"]]
-    return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(labels)
+def expected_calibration_error(table: list[dict]) -> float:
+    """Of a table by `calibration`: the mean over images of |accuracy - confidence| of the bin that each falls into, a
+    fraction (Guo et al. 2017)."""
+    full = [row for row in table if row["images"]]
+    images = sum(row["images"] for row in full)
+    return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in full) / images
 
 
 def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[dict]:
@@ -379,13 +377,13 @@ def draw_mistakes(
     confidence, prediction = probabilities.max(dim=1)
     wrong = (prediction != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    columns, tile = 8, 96
+    columns, tile, gap = 8, 96, 26  # a gap in which the longest name ends before the next picture
     note = f"{len(wrong):,} of {len(labels):,} test images are wrong" if worst else "no mistakes"
     height = 66 + max(1, -(-len(worst) // columns)) * (tile + 48)
-    figure = utils.new_figure(14 + columns * (tile + 18), height, f"{title}: the most confident mistakes", note)
+    figure = utils.new_figure(14 + columns * (tile + gap), height, f"{title}: the most confident mistakes", note)
     for position, i in enumerate(worst):
         row, column = divmod(position, columns)
-        left, top = 14 + column * (tile + 18), 90 + row * (tile + 48)
+        left, top = 14 + column * (tile + gap), 90 + row * (tile + 48)
         axes = utils.add_axes(figure, left, top, tile, tile)
         axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         axes.axis("off")

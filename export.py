@@ -52,7 +52,7 @@ class Config:
     """Export a saved model to ONNX and torch.export, checked against PyTorch, with a version in 8 bits."""
 
     checkpoint: str  # a file that train.py wrote
-    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     output_dir: str | None = None  # the folder that the exported files go to; default: that of the model
     figures_dir: str = "figures"  # the folder that the table goes to, as JSON
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data

@@ -33,7 +33,7 @@ class Config:
 
     images: tuple[str, ...]  # files
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
-    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     output_dir: str = "figures"  # the folder that pictures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
 

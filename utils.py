@@ -153,10 +153,10 @@ def _draw_loss_and_accuracy(
 
 def smooth(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """At most POINTS means over nearly equal numbers of steps, each at the last step that it is the mean of."""
-    parts = [np.array_split(what, max(1, min(len(values), POINTS))) for what in (steps, values)]
-    return np.array([part[-1] for part in parts[0] if len(part)]), np.array(
-        [part.mean() for part in parts[1] if len(part)]
-    )
+    count = max(1, min(len(values), POINTS))
+    ends = [part[-1] for part in np.array_split(steps, count) if len(part)]
+    means = [part.mean() for part in np.array_split(values, count) if len(part)]
+    return np.array(ends), np.array(means)
 
 
 # -------------------------------------------------------------------------------------------------------- animation
@@ -360,10 +360,8 @@ def draw_overlay(axes: Axes, pixels: torch.Tensor, heat: torch.Tensor, patch_siz
     """The image in grey and over it `heat` `(grid, grid)`, on exactly the pixels that the patches cover."""
     covered = heat.shape[0] * patch_size
     heat = F.interpolate(heat[None, None], scale_factor=patch_size * 4, mode="bilinear")[0, 0].numpy()
-    # with little contrast
-    axes.imshow(pixels.mean(dim=0).numpy(), cmap="gray", vmin=-0.3, vmax=1.6)
-    # pixel i reaches from i - 0.5 to i + 0.5
-    extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)
+    axes.imshow(pixels.mean(dim=0).numpy(), cmap="gray", vmin=-0.3, vmax=1.6)  # with little contrast
+    extent = (-0.5, covered - 0.5, covered - 0.5, -0.5)  # pixel i reaches from i - 0.5 to i + 0.5
     axes.imshow(heat, cmap=COLOR_MAP, norm=norm, alpha=OPACITY, extent=extent)
     axes.set(xlim=(-0.5, pixels.shape[2] - 0.5), ylim=(pixels.shape[1] - 0.5, -0.5))
 

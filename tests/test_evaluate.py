@@ -41,13 +41,14 @@ def test_calibration_by_hand():
     assert table[4]["confidence"] == pytest.approx(2.8 / 3) and table[4]["accuracy"] == pytest.approx(2 / 3)
     assert table[0]["confidence"] is None and table[0]["accuracy"] is None
     # (2 * 0.075 + 3 * (2.8 - 2) / 3) / 5
-    assert evaluate.expected_calibration_error(probabilities, labels, bins=5) == pytest.approx(0.95 / 5)
+    assert evaluate.expected_calibration_error(table) == pytest.approx(0.95 / 5)
 
 
 def test_calibration_error_of_the_sure_and_right_and_of_the_sure_and_wrong():
     probabilities = two_classes([1.0] * 4)
-    assert evaluate.expected_calibration_error(probabilities, torch.zeros(4, dtype=torch.long)) == 0
-    assert evaluate.expected_calibration_error(probabilities, torch.ones(4, dtype=torch.long)) == 1
+    for label, error in ((0, 0), (1, 1)):
+        table = evaluate.calibration(probabilities, torch.full((4,), label))
+        assert evaluate.expected_calibration_error(table) == error
 
 
 def test_every_image_is_in_one_of_fifteen_bins(predictions):
