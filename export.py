@@ -1,7 +1,7 @@
 """A trained model for use without this project: as ONNX, and as a torch.export program.
 
     python export.py saved/VisionTransformer.pt               # .onnx, .pt2 and .int8.onnx beside it
-    python export.py saved/CNN.pt --output_dir out --no-latency
+    python export.py saved/CNN.pt --output_dir out --no_latency
 
 Both files take plain RGB images, uint8 `(batch, 3, height, width)` with values 0 to 255, of the side that the model was
 trained on and in any number; normalisation is inside. They give logits, float32 `(batch, classes)`. Class names and the
@@ -57,7 +57,7 @@ class Config:
     figures_dir: str = "figures"  # the folder that the table goes to, as JSON
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     images: int = 1000  # test images on which the exported files must agree with the model
-    latency: bool = True  # measure milliseconds at batch 1 and 128
+    latency: bool = True  # milliseconds at batch 1 and 128: --no_latency leaves them out
     repeats: int = 50  # timed turns of each
     threads: int = 1  # of torch and of ONNX Runtime
 

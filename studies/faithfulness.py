@@ -30,7 +30,7 @@ class Config:
     """Measure whether a saved model's heat maps name the patches that its accuracy rests on."""
 
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
-    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; not for others
+    model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies: only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str = "figures"  # the folder that picture and figures go to
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps

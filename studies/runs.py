@@ -46,7 +46,7 @@ class StudyOptions:
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str = "."  # the folder that saved/studies/ and figures/ are in
     jobs: int = 1  # trainings at a time; the cores are shared out among them
-    train: bool = True  # with --no_train, what is stored is drawn and nothing trained
+    train: bool = True  # train what is not stored yet; --no_train draws what is stored and trains nothing
 
     @property
     def saved(self) -> Path:

@@ -111,9 +111,14 @@ class Model(nn.Module):
         try:
             self.load_state_dict(contents["weights"])
         except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit {self.title}: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path} does not fit {self.title}: {first_reason(error)}") from None
         self.metadata = contents["metadata"]
         return self.eval()
+
+
+def first_reason(error: Exception) -> str:
+    """The first tensor that does not fit: PyTorch names it below a heading."""
+    return str(error).partition(":\n")[2].strip().partition("\n")[0] or str(error).partition("\n")[0]
 
 
 def read_model(path: str | Path) -> dict:

@@ -460,6 +460,7 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
         ("--seed 99999999999999", "seed"),
         ("--device tpu", "tpu cuda mps"),
         ("--name a//b", "name a//b"),
+        ("--name .", "name '.'"),
         ("--name /tmp/b", "name /tmp/b"),
         ("--name ../b", "name ../b"),
         ("--name ..", "name .."),

@@ -330,5 +330,5 @@ def check(config) -> None:
     if config.freeze == "backbone" and not (config.init_from or weights):
         raise ValueError("--freeze backbone is for trained weights: say --init_from, --pretrained or --pretrained_file")
     parts = re.split(r"[/\\]", "name" if config.name is None else config.name)
-    if "" in parts or ".." in parts:
+    if {"", ".", ".."} & set(parts):
         raise ValueError(f"name {config.name!r} must be that of a file in saved/, with or without folders before it")
