@@ -33,6 +33,10 @@ class BrokenLater(MyNet):
     def forward(self, images):
         raise ValueError("a bug of my own")
 
+class TooMany(MyNet):
+    def forward(self, images):
+        return super().forward(images).repeat(1, 2)
+
 Number = 3
 """
 
@@ -76,7 +80,12 @@ def test_an_error_in_ones_own_code_keeps_its_traceback(file, tmp_path, name):
 
 @pytest.mark.parametrize(
     "where, words",
-    [("{}:Nothing", "no nn.Module of the name 'Nothing'"), ("{}:Number", "no nn.Module"), ("none.py:MyNet", "no file")],
+    [
+        ("{}:Nothing", "no nn.Module of the name 'Nothing'"),
+        ("{}:Number", "no nn.Module"),
+        ("none.py:MyNet", "no file"),
+        ("{}:TooMany", "logits (2, 20), needed are (2, 10)"),
+    ],
 )
 def test_what_is_not_there_is_one_line(file, tmp_path, where, words):
     code, error = outcome("train.py", *SMALL, "--model", where.format(file), "--output_dir", tmp_path / "out")

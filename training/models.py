@@ -43,14 +43,20 @@ def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: in
     `input_size` (numbers in an image) and `output_size` (classes).
 
     Raises:
-        ValueError: sizes that do not go together, or for which there is no memory.
+        ValueError: sizes that do not go together, or for which there is no memory; a model of your own with logits of
+            another shape than `(batch, classes)`.
     """
     sizes = {"img_size": img_size, "input_size": 3 * img_size**2, "output_size": num_classes}
     cls = find_model(name)
     wanted = inspect.signature(cls.__init__).parameters
     arguments = {key: value for key, value in {**hyperparameters, **sizes}.items() if key in wanted}
     if ".py:" in name:
-        return OwnModel(cls.__name__, arguments, cls)
+        model = OwnModel(cls.__name__, arguments, cls).eval()
+        with torch.no_grad():
+            shape = tuple(getattr(model(torch.zeros(2, 3, img_size, img_size)), "shape", ()))
+        if shape != (2, num_classes):
+            raise ValueError(f"{name}: of 2 images it makes logits {shape}, needed are (2, {num_classes})")
+        return model.train()
     if cls is TimmModel:
         arguments["name"] = name.removeprefix("timm:")
     try:
