@@ -95,7 +95,7 @@ FINE_TUNING_RATE = 5e-4  # of AdamW and Adam on timm's published weights, as in 
 
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args, dependent_defaults)
-    with Run(config) as run:  # several processes, device, precision; errors of one line
+    with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
         data = load_images(config)
 

@@ -181,7 +181,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line, of several processes only the first that fails, and end with this exit code."""
+    """Print the message on one line and end with this exit code. Of several processes, the first that fails prints."""
     message = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(message.split()))  # how Python begins a system's errors
     if distributed.first_to_fail():
         print(f"{_program[-1]}: error: {message}", file=sys.stderr)

@@ -99,7 +99,7 @@ class Model(nn.Module):
         try:
             model = known[name](**contents["config"])
         except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path} does not fit {name}: {first_reason(error)}") from None
         return model.fill(contents, path).to(device)
 
     def fill(self, contents: dict, path: str | Path) -> "Model":
@@ -117,7 +117,7 @@ class Model(nn.Module):
 
 
 def first_reason(error: Exception) -> str:
-    """The first tensor that does not fit: PyTorch names it below a heading."""
+    """The first line that says what is wrong: of weights that do not fit, PyTorch names it below a heading."""
     return str(error).partition(":\n")[2].strip().partition("\n")[0] or str(error).partition("\n")[0]
 
 

@@ -20,7 +20,7 @@ from images.augment import import_torchvision
 from network import MODELS
 from support import cli
 from support.files import CheckpointError
-from support.model import Model, read_model
+from support.model import Model, first_reason, read_model
 
 
 def find_model(name: str) -> type[nn.Module]:
@@ -62,7 +62,7 @@ def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: in
     try:
         return cls(**arguments)
     except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"a model of these sizes cannot be made: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"a model of these sizes cannot be made: {first_reason(error)}") from None
 
 
 def count_flops(step: Callable[[], Any]) -> int:
