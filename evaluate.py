@@ -59,7 +59,10 @@ def main(args: list[str] | None = None) -> None:
             check_same_data(models, config.models)
         answers = []
         for model, path, name in zip(models, config.models, names, strict=True):
-            loader = test_loader(model, config.data_dir, config.batch_size, device)
+            others = models if config.ensemble else ()  # all are tested on the same images
+            loader = test_loader(model, config.data_dir, config.batch_size, device, others)
+            if loader.num_images < 2 and (config.ensemble or config.flip):
+                raise ValueError("--ensemble and --flip compare answers, which takes two test images or more")
             answers.append(Answers(name, *predict(model, loader, config.flip)))
             title = model.title + FLIPPED * config.flip
             evaluate(answers[-1], loader.images, path, title, model.metadata, prefix_of(name, config))
@@ -166,11 +169,14 @@ def check_same_data(models: list[Model], paths: tuple[str, ...]) -> None:
     Raises:
         ValueError: the models do not answer the same question about the same images.
     """
-    for name in ("dataset", "classes", "source"):
+    for name in ("dataset", "classes", "source", "fingerprints"):
         values = [model.metadata.get(name) for model in models]
+        if name == "fingerprints":  # of the test images; files of older models do not have it
+            values = [value["test"] for value in values] if all(values) else [None] * len(models)
         for path, value in zip(paths, values, strict=True):
             if value != values[0]:
-                raise ValueError(f"no ensemble: the {name} of {path} is {value}, that of {paths[0]} {values[0]}")
+                what = "test part" if name == "fingerprints" else name
+                raise ValueError(f"no ensemble: the {what} of {path} is {value}, that of {paths[0]} {values[0]}")
 
 
 def average(members: list[Answers], name: str) -> Answers:
@@ -252,21 +258,23 @@ def expected_calibration_error(table: list[dict]) -> float:
 def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[dict]:
     """Precision, recall and F1 of each class as fractions, and its number of images.
 
-    Precision is 0 for a class that is never predicted.
+    Precision is 0 for a class that is never predicted; recall and F1 of a class without images are None.
     """
     values = precision_recall_fscore_support(
         labels, probabilities.argmax(dim=1), labels=range(len(classes)), zero_division=0
     )
-    return [
-        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f1), "images": int(count)}
-        for name, p, r, f1, count in zip(classes, *values, strict=True)
-    ]
+    rows = []
+    for name, precision, recall, f1, count in zip(classes, *values, strict=True):
+        known = {"recall": float(recall), "f1": float(f1)} if count else {"recall": None, "f1": None}
+        rows.append({"class": name, "precision": float(precision), **known, "images": int(count)})
+    return rows
 
 
 def markdown_table(rows: list[dict]) -> str:
     lines = ["| class | precision | recall | F1 | images |", "|---|---:|---:|---:|---:|"]
     for row in rows:
-        percentages = " | ".join(f"{row[name]:.1%}" for name in ("precision", "recall", "f1"))
+        values = (row[name] for name in ("precision", "recall", "f1"))
+        percentages = " | ".join("" if value is None else f"{value:.1%}" for value in values)
         lines.append(f"| {row['class']} | {percentages} | {row['images']:,} |")
     return "\n".join(lines)
 

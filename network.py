@@ -97,7 +97,8 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"unknown tokenizer {tokenizer!r}: choose patch or conv")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
         tokens = self.grid_size**2 + cls_token
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, hidden_size), std=0.02))
+        self.position = nn.Parameter(torch.empty(1, tokens, hidden_size))
+        nn.init.trunc_normal_(self.position, std=0.02)
         if cls_token:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
@@ -249,7 +250,7 @@ class VisionTransformer(Model):
         self.embedding = PatchEmbedding(
             img_size, patch_size, hidden_size, in_channels, tokenizer, tokenizer_depth, cls_token=pooling == "cls"
         )
-        rates = torch.linspace(0, drop_path, num_blocks).tolist()
+        rates = (drop_path * block / max(1, num_blocks - 1) for block in range(num_blocks))
         self.blocks = nn.ModuleList(TransformerBlock(hidden_size, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, output_size)

@@ -117,6 +117,7 @@ def load_data(
     if img_size != 32:
         raise DataError(f"img_size {img_size} is for folders of pictures: the images of {dataset} have 32 pixels")
     train, test, classes, flip = DATASETS[dataset](folder)
+    train.ids, test.ids = torch.arange(len(train)), len(train) + torch.arange(len(test))  # which never change
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     num_val = round(len(train) * val_fraction)
     if not 0 < num_val < len(train):
@@ -133,10 +134,15 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
             "or a folder with train/<class>/*.jpg in it"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
-    name = folder.resolve().name or "pictures"
-    if name in DATASETS:
+    folder = folder.resolve()
+    name = folder.name or "pictures"
+    if name.lower() in DATASETS:
         name += "_folder"  # so that what is written is not taken for results on the genuine data
-    return Dataset(name, classes, **splits, flip=True, source=str(folder))
+    data = Dataset(name, classes, **splits, flip=True, source=str(folder))
+    for channel, values in zip(("red", "green", "blue"), data.train.images.unbind(dim=1), strict=True):
+        if values.min() == values.max():
+            print(f"{folder}: {channel} is {values.max()} everywhere in the training pictures", file=sys.stderr)
+    return data
 
 
 def warn_about_digits(error: Exception) -> None:

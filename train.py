@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from images.loader import Dataset
+from images.loader import Dataset, split_names
 from network import Model
 from setup_cifar import load_data
 from support import cli, distributed
@@ -38,7 +38,9 @@ class Config(RunOptions):
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
     fold: str | None = None  # for cross-validation, in place of val_fraction: 0/5 holds out the first of five parts
-    classes: str | None = None  # names with commas between, cat,dog say, of those to train and test on; default: all
+    # names with commas between, cat,dog say, of those to train and test on; default: all. A name that has a comma
+    # itself is put in double quotes
+    classes: str | None = None
     label_fraction: float = 1.0  # part of the training images that is used, the same of each class
 
     # model
@@ -60,7 +62,9 @@ class Config(RunOptions):
     freeze: Literal["none", "backbone"] = "none"  # backbone: train the head alone
 
     # optimisation
-    seed: int = 0  # of initial weights, order and augmentation: the same seed gives the same weights on a CPU
+    # of initial weights, order and augmentation: the same seed gives the same weights, bit for bit, on CPUs of one kind
+    # with as many threads and the same versions
+    seed: int = 0
     epochs: int = 20  # passes over the training images
     batch_size: int = 128  # images in a step; several processes share them
     grad_accum: int = 1  # batches whose gradients are summed for a step, which is that of a batch so much larger
@@ -127,7 +131,7 @@ def main(args: list[str] | None = None) -> None:
             runner.callbacks.append(best)
         runner.callbacks += run.callbacks(val_loader)  # the GIF's frames, TensorBoard, checkpoints
 
-        if not run.start(runner):  # it had finished already
+        if not run.start(runner, train_loader):  # it had finished already
             return
         if config.compile:
             compile_training(runner, train_loader)
@@ -158,7 +162,7 @@ def load_images(config: Config) -> Dataset:
         number, folds = map(int, config.fold.split("/"))
         data = data.fold(number, folds, config.split_seed)
     if config.classes is not None:
-        data = data.select(config.classes.split(","))
+        data = data.select(split_names(config.classes))
     if config.label_fraction < 1:
         data = data.part_of_labels(config.label_fraction, config.split_seed)
     if config.batch_size * config.grad_accum > len(data.train):
@@ -171,6 +175,7 @@ def use_trained_weights(model: Model, data: Dataset, config: Config) -> None:
     """Start from the weights asked for, with images normalised as they were for these, and freeze what is to be."""
     if config.init_from:
         metadata = start_from(model, config.init_from)
+        data.start_after(metadata, config.init_from)
         data.mean, data.std = metadata.get("mean", data.mean), metadata.get("std", data.std)
     elif config.pretrained or config.pretrained_file:
         if not config.resume:

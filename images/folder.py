@@ -3,9 +3,12 @@
 pets/train/cat/*.jpg    one folder for each class; its name is the class's
 pets/train/dog/*.jpg
 pets/val/... pets/test/...    the same classes; where one of the two is missing it is held out from train
+
+What is held out depends on each picture alone, by a hash of its file's content: a picture more or less, or other names,
+move no other picture from one part to another, and copies of a picture are all in one part.
 """
 
-import random
+import hashlib
 import sys
 import warnings
 from pathlib import Path
@@ -15,9 +18,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from images.loader import Split
+from images.loader import HASHES, Split
 
-TEST_FRACTION, TEST_SEED = 0.2, 0  # fixed: a test image of one run is a training image of no other
+TEST_FRACTION = 0.2  # fixed: a test image of one run is a training image of no other
 
 
 class ImageError(ValueError):
@@ -80,17 +83,18 @@ def to_array(image: Image.Image, side: int) -> np.ndarray:
 def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -> tuple[list[str], dict[str, Split]]:
     """The pictures below `train`, `val` and `test` in `folder`, each brought to `side` by `side` pixels.
 
-    Where there is no `val`, the part `val_fraction` of the training pictures is held out, chosen by `split_seed`; where
-    there is no `test`, a fifth of them before that, always the same. Of each class at least one is held out. Files
-    that cannot be read are listed on stderr and left out; hidden ones (.name) do not count.
+    Where there is no `test`, a fifth of the training pictures is held out, always the same ones; where there is no
+    `val`, then about the part `val_fraction` of the others, chosen by `split_seed`. Pictures of `val` and `test` that
+    are also in `train` are left out, and files that cannot be read; how many is said on stderr. Hidden files (.name) do
+    not count.
 
     Returns:
-        The names of the classes, and the splits "train", "val" and "test", each in a random order that is always the
-        same.
+        The names of the classes, and the splits "train", "val" and "test", each in a random order that depends on the
+        pictures alone. A picture's id is the hash of its content.
 
     Raises:
-        ImageError: no `train`, fewer than two classes, other classes below `val` or `test`, or a class without a
-            picture that can be read or with too few to hold some out.
+        ImageError: no `train`, fewer than two classes, other classes below `val` or `test`, a class without a picture
+            to train on, or nothing to validate or test on.
     """
     if side < 1:
         raise ImageError(f"img_size is the side in pixels that pictures are brought to: {side} is not positive")
@@ -112,10 +116,49 @@ def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -
                 f"{folder / name} and {folder / 'train'} must have the same classes: {listed} is in one alone"
             )
         splits[name] = read_split(folder / name, classes, side)
-    for name, fraction, seed in (("test", TEST_FRACTION, TEST_SEED), ("val", val_fraction, split_seed)):
+    for name, fraction, draw in (("test", TEST_FRACTION, "test"), ("val", val_fraction, f"val {split_seed}")):
         if name not in splits:
-            splits["train"], splits[name] = hold_out(splits["train"], fraction, seed, classes, folder / name)
+            held = torch.tensor([position(identity, draw) < fraction for identity in splits["train"].ids.tolist()])
+            splits["train"], splits[name] = splits["train"].subset(~held), splits["train"].subset(held)
+    splits["val"] = without(splits["val"], [splits["train"]], folder / "val")
+    splits["test"] = without(splits["test"], [splits["train"], splits["val"]], folder / "test")
+    for name, split in splits.items():
+        require_pictures(name, split, classes, folder)
     return classes, splits
+
+
+def position(identity: int, draw: str) -> float:
+    """A number in [0, 1) that is random from picture to picture, and always the same for one picture and draw."""
+    digest = hashlib.sha256(f"{identity} {draw}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 256**7
+
+
+def without(split: Split, others: list[Split], folder: Path) -> Split:
+    """The pictures of `split` that are in none of the others."""
+    copies = torch.isin(split.ids, torch.cat([other.ids for other in others]))
+    if copies.any():
+        print(
+            f"left out: {int(copies.sum()):,} of the {len(copies):,} pictures in {folder}, which are the same files as "
+            "some to train or validate on, and would make its accuracy too high",
+            file=sys.stderr,
+        )
+    return split.subset(~copies)
+
+
+def require_pictures(name: str, split: Split, classes: list[str], folder: Path) -> None:
+    """Say which classes a part lacks.
+
+    Raises:
+        ImageError: it is empty, or the training part lacks one.
+    """
+    counts = torch.bincount(split.labels, minlength=len(classes))
+    missing = ", ".join(repr(classes[label]) for label in (counts == 0).nonzero()[:, 0].tolist())
+    if missing and (name == "train" or not len(split)):
+        lacking = folder / "test" if name == "train" else folder / name
+        which = f"of {missing} is left to train on" if name == "train" else f"is held out for {name}"
+        raise ImageError(f"{folder} has too few pictures, and none {which}: add some, or make the folder {lacking}")
+    if missing:
+        print(f"{folder}: there is no picture of {missing} among the {len(split):,} of {name}", file=sys.stderr)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -125,22 +168,30 @@ def subfolders(folder: Path) -> list[str]:
 def read_split(folder: Path, classes: list[str], side: int) -> Split:
     """All pictures that can be read below `folder/<class>`, and a line on stderr for each other file."""
     files = [(path, label) for label, name in enumerate(classes) for path in pictures(folder / name)]
-    random.Random(0).shuffle(files)
-    images, labels, unreadable = [], [], []
+    found, unreadable = [], []
     for path, label in tqdm(files, f"reading {folder}", unit="img", leave=False):
         try:
-            images.append(to_array(read_image(path), side))
-            labels.append(label)
+            pixels = to_array(read_image(path), side)
+            found.append((content_hash(path), label, pixels))
         except ImageError as error:
             unreadable.append(str(error))
     for line in sorted(unreadable):
         print(f"skipped: {line}", file=sys.stderr)
     if unreadable:
         print(f"skipped {len(unreadable):,} of {len(files):,} files in {folder}, see above", file=sys.stderr)
+    present = {label for _, label, _ in found}
     for label, name in enumerate(classes):
-        if label not in labels:
+        if label not in present:
             raise ImageError(f"the class {folder / name} is empty: it has no picture that can be read")
-    return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    found.sort(key=lambda picture: picture[:2])
+    ids, labels, images = zip(*found, strict=True)
+    return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(ids))
+
+
+def content_hash(path: Path) -> int:
+    """What identifies a picture: 62 bits of the SHA-256 of its file."""
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    return HASHES + int.from_bytes(digest[:8], "big") // 4
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -148,19 +199,3 @@ def pictures(folder: Path) -> list[Path]:
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
     visible = [path for path in files if not any(part.startswith(".") for part in path.parts)]
     return [folder / path for path in sorted(visible, key=Path.as_posix)]
-
-
-def hold_out(split: Split, fraction: float, seed: int, classes: list[str], missing: Path) -> tuple[Split, Split]:
-    """What is kept and what is held out: the `fraction` of each class, at least one image, chosen by `seed`."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(split), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = order[split.labels[order] == label]
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise ImageError(
-                f"the class {name!r} has {len(members)} training picture(s), too few to hold out {count}: add some, or "
-                f"make {missing}"
-            )
-        held[members[:count]] = True
-    return split.subset(~held), split.subset(held)

@@ -4,11 +4,17 @@ Images are held as uint8 tensors `(images, 3, height, width)` on the training de
 fit. A batch is cropped, flipped and normalised there by a few vectorised operations.
 """
 
+import base64
+import csv
 import dataclasses
+import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from images.augment import Augmentation
@@ -18,18 +24,72 @@ class DataError(ValueError):
     """The data set is not available, or its files are not what they should be; the message says what to do."""
 
 
+HASHES = 1 << 62  # ids from here on are hashes of pictures, those below are places in a data set's files
+
+
 @dataclass
 class Split:
-    """`images` uint8 `(n, 3, height, width)` and `labels` int64 `(n,)`."""
+    """`images` uint8 `(n, 3, height, width)` and `labels` int64 `(n,)`.
+
+    `ids` int64 `(n,)` say which images these are: their places in the data set's files, or hashes of their contents.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
+    ids: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.ids is None:
+            self.ids = torch.arange(len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: torch.Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+        return Split(self.images[indices], self.labels[indices], self.ids[indices])
+
+    @property
+    def fingerprint(self) -> str:
+        """How many images these are, and a hash of which."""
+        digest = hashlib.sha256(self.ids.sort().values.numpy().tobytes()).hexdigest()
+        return f"{len(self)} images {digest[:16]}"
+
+
+def split_names(text: str) -> list[str]:
+    """The names in `cat,dog`; one that has a comma itself stands in double quotes."""
+    return [name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True), [])]
+
+
+def join_names(names: list[str]) -> str:
+    """What `split_names` splits."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="").writerow(names)
+    return text.getvalue()
+
+
+def pack_ids(ids: torch.Tensor) -> str:
+    """Ids as text, to be stored with a model: places as a mask with a bit for each, hashes one after another."""
+    sorted_ids = ids.unique().numpy()
+    if len(sorted_ids) and sorted_ids[-1] >= HASHES:
+        return "hashes " + base64.b64encode(sorted_ids.astype("<i8").tobytes()).decode()
+    mask = np.zeros(sorted_ids.max(initial=-1) + 1, dtype=bool)
+    mask[sorted_ids] = True
+    return "mask " + base64.b64encode(np.packbits(mask).tobytes()).decode()
+
+
+def unpack_ids(text: str) -> torch.Tensor:
+    """What `pack_ids` was given, sorted and each once.
+
+    Raises:
+        ValueError: it was not made by `pack_ids`.
+    """
+    kind, _, packed = text.partition(" ")
+    contents = base64.b64decode(packed, validate=True)
+    if kind == "hashes":
+        return torch.from_numpy(np.frombuffer(contents, dtype="<i8").astype(np.int64))
+    if kind == "mask":
+        return torch.from_numpy(np.unpackbits(np.frombuffer(contents, dtype=np.uint8)).nonzero()[0])
+    raise ValueError(f"unknown kind of ids {kind!r}")
 
 
 @dataclass
@@ -38,7 +98,11 @@ class Dataset:
 
     `mean` and `std` are per channel, of the training split's pixels scaled to [0, 1]. `flip` says whether a mirrored
     image still belongs to its class (true of photographs, not of digits). `source` is what `load_data` finds the data
-    by again: a folder's path, otherwise the name.
+    by again: the absolute path of a folder of pictures, otherwise the name. `before` are the ids that a model has been
+    trained and validated on before: see `start_after`.
+
+    Raises:
+        DataError: all training images have one and the same colour.
     """
 
     name: str
@@ -48,12 +112,17 @@ class Dataset:
     test: Split
     flip: bool
     source: str | None = None
+    before: dict[str, torch.Tensor] | None = None
 
     def __post_init__(self):
         self.source = self.source or self.name
         pixels = self.train.images.float().div_(255)
         self.mean = pixels.mean(dim=(0, 2, 3)).tolist()
-        self.std = pixels.std(dim=(0, 2, 3)).tolist()
+        varies = pixels.amax(dim=(0, 2, 3)) > pixels.amin(dim=(0, 2, 3))
+        if not varies.any():
+            raise DataError(f"all training images of {self.name} have one and the same colour: nothing can be learned")
+        # a channel that never varies is not scaled
+        self.std = pixels.std(dim=(0, 2, 3)).where(varies, torch.ones(())).tolist()
 
     @property
     def image_size(self) -> int:
@@ -63,7 +132,46 @@ class Dataset:
     def metadata(self) -> dict:
         """What a saved model needs to say about its data, so that it can be used and its test images be found."""
         names = {"dataset": self.name, "source": self.source, "classes": self.classes, "image_size": self.image_size}
-        return {**names, "mean": self.mean, "std": self.std}
+        which = {"fingerprints": self.fingerprints, "seen": {part: pack_ids(ids) for part, ids in self.seen.items()}}
+        return {**names, "mean": self.mean, "std": self.std, **which}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {part: getattr(self, part).fingerprint for part in ("train", "val", "test")}
+
+    @property
+    def seen(self) -> dict[str, torch.Tensor]:
+        """The ids of what a model has been trained on ("train") and validated on ("val") when this training ends."""
+        parts = {"train": self.train.ids, "val": self.val.ids}
+        return {part: torch.cat([ids, self.before[part]]) if self.before else ids for part, ids in parts.items()}
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether these are a person's own pictures, which may change, and whose ids are hashes."""
+        return bool(self.train.ids[0] >= HASHES)
+
+    def start_after(self, metadata: dict, path: str | Path) -> None:
+        """Take into account what a model was trained on from which this training starts.
+
+        Raises:
+            DataError: that is used to validate or test here, which would make accuracies too high.
+        """
+        if "seen" not in metadata:
+            print(f"{path} does not say which images it was trained on: if it saw these, accuracies are too high")
+            return
+        seen = {part: unpack_ids(ids) for part, ids in metadata["seen"].items()}
+        hashes = bool(len(seen["train"])) and bool(seen["train"][0] >= HASHES)
+        if hashes != self.is_folder or (not hashes and metadata.get("source") != self.source):
+            return  # they are other images
+        for part, before in (("val", seen["train"]), ("test", torch.cat(list(seen.values())))):
+            ids = getattr(self, part).ids
+            if known := int(torch.isin(ids, before).sum()):
+                what = {"val": "validation", "test": "test"}[part]
+                raise DataError(
+                    f"{path} was trained on {known:,} of the {len(ids):,} {what} images, which would make accuracies "
+                    "too high: split as it did (--val_fraction, --split_seed, --fold), or start from another model"
+                )
+        self.before = seen
 
     def select(self, names: list[str]) -> "Dataset":
         """The images of these classes alone, labelled 0, 1, ... in the order given.
@@ -73,7 +181,9 @@ class Dataset:
         """
         missing = [name for name in names if name not in self.classes]
         if missing:
-            raise DataError(f"{self.name} has no class {', '.join(missing)}: its classes are {', '.join(self.classes)}")
+            raise DataError(
+                f"{self.name} has no class {', '.join(missing)}: its classes are {join_names(self.classes)}"
+            )
         if len(set(names)) < max(2, len(names)):
             raise DataError(f"classes must be at least two, and none named twice: {', '.join(names)}")
         wanted = torch.tensor([self.classes.index(name) for name in names])
@@ -81,7 +191,7 @@ class Dataset:
         def choose(split: Split) -> Split:
             matches = split.labels[:, None] == wanted  # (n, classes)
             kept = matches.any(dim=1)
-            return Split(split.images[kept], matches[kept].int().argmax(dim=1))
+            return Split(split.images[kept], matches[kept].int().argmax(dim=1), split.ids[kept])
 
         splits = {name: choose(getattr(self, name)) for name in ("train", "val", "test")}
         return dataclasses.replace(self, classes=names, **splits)
@@ -95,8 +205,9 @@ class Dataset:
         """
         from sklearn.model_selection import StratifiedKFold
 
-        images, labels = (torch.cat([getattr(self.train, x), getattr(self.val, x)]) for x in ("images", "labels"))
-        together = Split(images, labels)
+        names = ("images", "labels", "ids")
+        together = Split(*(torch.cat([getattr(self.train, name), getattr(self.val, name)]) for name in names))
+        labels = together.labels
         fewest = torch.bincount(labels, minlength=len(self.classes)).min().item()
         if not 2 <= folds <= fewest:
             raise DataError(f"folds must be between 2 and {fewest}, the images of the smallest class, not {folds}")

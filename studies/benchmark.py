@@ -35,8 +35,8 @@ from network import VisionTransformer
 from runner import Runner
 from studies.peers import ReferenceViT, time_run, train_cct_2
 from studies.runs import markdown
-from support import cli
-from support.report import provenance, write_json
+from support import cli, schema
+from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import count_flops
 from training.optim import build_optimizer, build_schedule
@@ -325,6 +325,19 @@ def run_contender(config: Config, contender: str, seed: int) -> list[dict]:
     return results["history"]
 
 
+def read_history(path: Path) -> list[dict]:
+    """
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        stored = read_json(path)
+        schema.check(stored, schema.HISTORY)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; delete it and run again") from None
+    return stored["history"]
+
+
 def time_to_accuracy(config: Config) -> dict:
     """Run what is missing, two contenders in turns; then compare medians."""
     reached, table = {"reference": [], "quick": []}, []
@@ -332,8 +345,7 @@ def time_to_accuracy(config: Config) -> dict:
     for seed in range(config.seeds):
         for contender, rows in reached.items():
             path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
-            stored = path.exists()
-            history = json.loads(path.read_text())["history"] if stored else run_contender(config, contender, seed)
+            history = read_history(path) if path.exists() else run_contender(config, contender, seed)
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
             rows.append(row)
             table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})

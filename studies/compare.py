@@ -12,9 +12,12 @@ that was interrupted goes on. Writes figures/model_comparison.md and .json and t
 runs that are stored, and says which are missing.
 """
 
+import hashlib
 import io
+import re
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,6 +34,7 @@ from support.model import Model
 from training.models import count_flops
 from training.trained import load_model, predict, test_loader
 
+LARGEST = 256 << 20  # bytes that a run's answers may unpack to; those of CIFAR-100 take 2 MB
 RECIPES = {  # name -> flags to train.py
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
     "--weight_decay 0 --pooling cls",
@@ -102,7 +106,7 @@ def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:
     for recipe, model in ((recipe, model) for recipe in RECIPES for model in MODELS):
         prefix = config.run_name(recipe, model, "")
         seeds = (path.stem.removeprefix(prefix) for path in config.saved.glob(f"{prefix}*.json"))
-        for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
+        for seed in sorted(int(seed) for seed in seeds if re.fullmatch("0|[1-9][0-9]{0,8}", seed)):
             report = found[recipe, model, seed] = runs.read_report(f"{prefix}{seed}", config)
             epochs = report["config"]["epochs"]
             if epochs != config.epochs:
@@ -136,15 +140,47 @@ def load_answers(name: str, report: dict, config: Config) -> dict[str, np.ndarra
     path = config.saved / f"{name}.npz"
     if not path.exists():
         store_answers(name, config)
-    try:
-        with np.load(path) as stored:
-            answers = {key: stored[key] for key in ("correct", "labels", "classes", "flops")}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise CheckpointError(f"{path} is damaged: delete it and the model is tested again") from None
+    answers = read_answers(path)
     # other devices round otherwise
     if abs(answers["correct"].mean() - report["results"]["test_accuracy"]) > 0.002:
         raise CheckpointError(f"{path} is of another model than {name}.json: delete it and the model is tested again")
     return answers
+
+
+def read_answers(path: Path) -> dict[str, np.ndarray]:
+    """What `store_answers` stored.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > LARGEST:
+                raise ValueError("larger than any data set's answers")
+        with np.load(path, allow_pickle=False) as stored:
+            answers = {key: stored[key] for key in stored.files}
+        found = answers.pop("sha256", None)  # files of earlier versions have none
+        correct, labels, classes = (answers[key] for key in ("correct", "labels", "classes"))
+        whole = (
+            (found is None or str(found) == checksum(answers))
+            and (correct.dtype, labels.dtype.kind, classes.dtype.kind) == (bool, "u", "U")
+            and (correct.shape, classes.ndim, answers["flops"].shape) == (labels.shape, 1, ())
+            and (labels.ndim, answers["flops"].dtype.kind) == (1, "i")
+            and 0 <= labels.max() < len(classes)
+        )
+    except Exception:  # whatever a damaged file does to the reader
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: delete it and the model is tested again")
+    return {key: answers[key] for key in ("correct", "labels", "classes", "flops")}
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, kinds and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def store_answers(name: str, config: Config) -> None:
@@ -152,16 +188,16 @@ def store_answers(name: str, config: Config) -> None:
     device = choose_device()
     model = load_model(config.saved / f"{name}.pt", device)
     logits, labels = predict(model, test_loader(model, config.data_dir, 500, device))
+    answers = {
+        "correct": (logits.argmax(dim=1) == labels).numpy(),
+        "loss": F.cross_entropy(logits, labels, reduction="none").half().numpy(),
+        "probabilities": logits.softmax(dim=1).half().numpy(),
+        "labels": labels.byte().numpy(),
+        "classes": np.array(model.metadata["classes"]),
+        "flops": np.array(forward_flops(model, model.image_size)),
+    }
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        correct=(logits.argmax(dim=1) == labels).numpy(),
-        loss=F.cross_entropy(logits, labels, reduction="none").half().numpy(),
-        probabilities=logits.softmax(dim=1).half().numpy(),
-        labels=labels.byte().numpy(),
-        classes=np.array(model.metadata["classes"]),
-        flops=forward_flops(model, model.image_size),
-    )
+    np.savez_compressed(buffer, **answers, sha256=np.array(checksum(answers)))
     write_bytes(config.saved / f"{name}.npz", buffer.getvalue())
 
 

@@ -175,8 +175,11 @@ def at_equal_time(runs: list[Run], reference: list[Run]) -> dict:
 
 
 def by_class(run: Run, values: np.ndarray) -> dict[str, float]:
-    """The mean of `values` `(images,)` over the images of each class."""
-    return {str(name): float(values[run.labels == i].mean()) for i, name in enumerate(run.classes)}
+    """The mean of `values` `(images,)` over the images of each class; 0 where there are none."""
+    members = [run.labels == i for i in range(len(run.classes))]
+    return {
+        str(name): float(values[m].mean()) if m.any() else 0.0 for name, m in zip(run.classes, members, strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ in words

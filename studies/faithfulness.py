@@ -84,8 +84,8 @@ def measure(
     Returns:
         `images`, `patches`, `removed` (patches, at each point of a curve), and for every name `rankings[name]
         ["deletion" or "insertion"]` with the curve `accuracy`, its `area`, and `versus_random`: the area minus that of
-        the random ranking, with the 95 % interval `[difference, low, high]` of the mean over images, paired. All are
-        fractions.
+        the random ranking, with the 95 % interval `[difference, low, high]` of the mean over images, paired; of one
+        image the ends are not known, None. All are fractions.
     """
     random = torch.Generator().manual_seed(seed)
     patches = next(iter(scores.values())).shape[1]
@@ -101,11 +101,14 @@ def measure(
         random_area = random_area or area  # the random ranking comes first
         for kind in orders:
             difference = area[kind] - random_area[kind]
-            mean, margin = difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(images))
+            mean, ends = difference.mean().item(), [None, None]
+            if len(images) > 1:
+                margin = 1.96 * difference.std().item() / math.sqrt(len(images))
+                ends = [mean - margin, mean + margin]
             found[name][kind] = {
                 "accuracy": correct[kind].mean(dim=1).tolist(),
                 "area": area[kind].mean().item(),
-                "versus_random": [mean, mean - margin, mean + margin],
+                "versus_random": [mean, *ends],
             }
     return {"images": len(images), "patches": patches, "removed": removed.tolist(), "rankings": found}
 
@@ -155,8 +158,9 @@ def markdown_table(report: dict) -> str:
     for name, curves in report["rankings"].items():
         cells = []
         for kind in ("deletion", "insertion"):
-            difference, low, high = (100 * value for value in curves[kind]["versus_random"])
-            versus = "" if name == "random" else f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
+            difference, *ends = curves[kind]["versus_random"]
+            interval = "" if None in ends else " ({:+.1f} to {:+.1f})".format(*(100 * end for end in ends))
+            versus = "" if name == "random" else f"{100 * difference:+.1f}{interval}"
             cells += [f"{100 * curves[kind]['area']:.1f}", versus]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -4,7 +4,6 @@ Every study names its runs and the flags that make them; here is all that it tak
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -20,10 +19,10 @@ import pandas as pd
 from tqdm import tqdm
 
 import train
-from support import cli
+from support import cli, schema
 from support.files import CheckpointError, write_bytes
-from support.report import provenance, write_json
-from training.checkpoints import is_of_interrupted_run
+from support.report import provenance, read_json, write_json
+from training.checkpoints import is_checkpoint
 from training.run import RunOptions
 
 Runs = dict[str, str]  # name -> flags to train.py
@@ -86,7 +85,9 @@ def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
             continue
         missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]
         missing[name] += ["--output_dir", options.output_dir, "--gif_frames", "0"]
-        if is_of_interrupted_run(options.saved / f"{name}.checkpoint"):
+        if is_checkpoint(
+            options.saved / f"{name}.checkpoint"
+        ):  # also of a run that has ended, and whose report is lost
             missing[name].append("--resume")
     print(f"{len(runs)} runs asked for, {len(runs) - len(missing)} of them stored, {len(missing)} to train", flush=True)
     return run_all(missing, options) if missing else []
@@ -162,14 +163,6 @@ def _last_line(log: Path) -> str:
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
-NEEDED = {  # of a report
-    "results": ("parameters", "val_accuracy", "test_loss", "test_accuracy", "training_seconds"),
-    "config": ("epochs", "seed"),
-    "provenance": ("machine", "threads", "accelerator", "torch"),
-    "metrics": ("val_loss", "val_accuracy", "val_step"),
-}
-
-
 def read_report(name: str, options: StudyOptions) -> dict:
     """What train.py stored of a run.
 
@@ -178,13 +171,13 @@ def read_report(name: str, options: StudyOptions) -> dict:
     """
     path = options.saved / f"{name}.json"
     try:
-        report = json.loads(path.read_text())
-        whole = all(key in report[part] for part, keys in NEEDED.items() for key in keys)
-        whole = whole and len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path} is damaged: delete it and train again")
+        report = read_json(path)
+        schema.check(report, schema.REPORT)
+        lengths = {len(report["metrics"][f"val_{what}"]) for what in ("loss", "accuracy", "step")}
+        if lengths != {len(report["val_seconds"])} or 0 in lengths:
+            raise ValueError("metrics of different lengths, or none")
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}; delete it and train again") from None
     return report
 
 

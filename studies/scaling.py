@@ -27,9 +27,9 @@ import utils
 from network import VisionTransformer
 from runner import Runner
 from studies.benchmark import GROWTH, cost_in_a_process, our_runner, print_table, synthetic_data, take_turns
-from support import cli, distributed
+from support import cli, distributed, schema
 from support.model import num_parameters
-from support.report import provenance, write_json
+from support.report import provenance, read_json, write_json
 from training.models import count_flops
 from training.parallel import ParallelRunner
 
@@ -65,13 +65,14 @@ def main(args: list[str] | None = None) -> None:
         check(config)
         path = Path(config.output_dir) / "scaling.json"
         try:
-            results = json.loads(path.read_text()) if path.exists() else {}  # what is not measured now stays
-        except ValueError:
-            raise ValueError(f"{path} is damaged: delete it and measure again") from None
+            results = read_json(path) if path.exists() else {"provenance": {}}  # what is not measured now stays
+            schema.check(results, schema.SCALING)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}; delete it and measure again") from None
         measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}
         for part in config.only:
             results[part] = measures[part](config)
-            results["provenance"] = {**results.get("provenance", {}), part: provenance()}
+            results["provenance"] = {**results["provenance"], part: provenance()}
             write_json(path, results)
         if {"throughput", "memory"} <= results.keys():
             draw(results, path.with_suffix(".png"))

@@ -5,9 +5,11 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -45,25 +47,85 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def read_file(path: str | Path) -> dict:
-    """What `write_file` wrote. Only tensors and plain values are read: code in a file is refused and does not run.
+    """What `write_file` wrote. Only tensors and plain values are read: code in a file is refused and does not run, and
+    what would take more memory than the file's size can justify is refused before it does.
 
     Raises:
         CheckpointError: missing, truncated, altered, or not one of this project's files.
     """
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            try:
+                require_plain_archive(file)
+                file.seek(0)
+                data = file.read()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                _require_plain_values(contents, len(data))
+                intact = contents.pop("sha256") == _digest(contents)
+            except OSError:
+                raise
+            except Exception:  # whatever a damaged or foreign file does to the reader, the user needs to know just this
+                raise CheckpointError(f"{path} is not a file of this project, or is truncated or damaged") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        intact = contents.pop("sha256") == _digest(contents)
-    except Exception:  # whatever a damaged or foreign file does to the reader, the user needs to know just this
-        raise CheckpointError(f"{path} is not a file of this project, or is truncated or damaged") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     if not intact:
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
     return contents
+
+
+# What torch.save calls for tensors and plain values. Further names could ask for memory that no file justifies.
+CALLS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+
+
+def require_plain_archive(file: BinaryIO) -> None:
+    """
+    Raises:
+        ValueError: not an archive as torch.save writes it: without compression, and with nothing but tensors in it.
+        zipfile.BadZipFile: not an archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        size = file.seek(0, os.SEEK_END)
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > size:
+            raise ValueError("compressed")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                for opcode, argument, _ in pickletools.genops(archive.read(member)):
+                    known = argument in CALLS or str(argument).startswith("torch ") and argument.endswith("Storage")
+                    if opcode.name in ("STACK_GLOBAL", "INST") or (opcode.name == "GLOBAL" and not known):
+                        raise ValueError(f"calls {argument}")
+
+
+def _require_plain_values(contents: Any, size: int) -> None:
+    """
+    Raises:
+        ValueError: something else than dicts, lists, tensors and plain values, or more than a file of `size` bytes can
+            hold: a tensor larger than its storage, or lists of the same lists.
+    """
+    waiting, values, tensor_bytes, storages = [contents], 0, 0, {}
+    while waiting:
+        value = waiting.pop()
+        values += 1
+        if values > size:
+            raise ValueError("more values than bytes")
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError("not a plain tensor")
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            tensor_bytes += value.nbytes
+            # weights that several layers share are in a file once
+            if value.nbytes > storage.nbytes() or tensor_bytes > 50 * size or sum(storages.values()) > size:
+                raise ValueError("more numbers than bytes")
+        elif not isinstance(value, str | int | float | bool | None):
+            raise ValueError("not a plain value")
 
 
 def _digest(contents: Any) -> str:

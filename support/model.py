@@ -1,12 +1,16 @@
 """What whole models share: saving, loading, and what they say of themselves."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from support import schema
 from support.files import CheckpointError, read_file, write_file
 
 
@@ -97,8 +101,9 @@ class Model(nn.Module):
         if not issubclass(known[name], cls):
             raise CheckpointError(f"{path} holds a {name}, not a {cls.__name__}: use {name}.load")
         try:
-            model = known[name](**contents["config"])
-        except (TypeError, ValueError, RuntimeError) as error:
+            with no_larger_than(contents["weights"]):
+                model = known[name](**contents["config"])
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
             raise CheckpointError(f"{path} does not fit {name}: {first_reason(error)}") from None
         return model.fill(contents, path).to(device)
 
@@ -109,15 +114,40 @@ class Model(nn.Module):
             CheckpointError: the weights are those of another model.
         """
         try:
-            self.load_state_dict(contents["weights"])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit {self.title}: {first_reason(error)}") from None
+            schema.require_like(contents["weights"], dict(self.state_dict()), "weights")
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit {self.title}: {error}") from None
+        self.load_state_dict(contents["weights"])
         self.metadata = contents["metadata"]
         return self.eval()
 
 
+@contextlib.contextmanager
+def no_larger_than(weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within, no model can be made that is much larger than these weights: it is refused when it registers the
+    parameter that is too much, before that is filled and takes memory.
+
+    Raises:
+        ValueError: it is.
+    """
+    # a constructor may make a layer, a head say, and put another one in its place
+    tensors, numbers = 2 * len(weights) + 100, 2 * sum(tensor.numel() for tensor in weights.values()) + 50_000_000
+
+    def count(_module, _name, parameter):
+        nonlocal tensors, numbers
+        tensors, numbers = tensors - 1, numbers - (0 if parameter is None else parameter.numel())
+        if tensors < 0 or numbers < 0:
+            raise ValueError("its config describes a larger model than its weights are of")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def first_reason(error: Exception) -> str:
-    """The first line that says what is wrong: of weights that do not fit, PyTorch names it below a heading."""
+    """The first line that says what is wrong; where PyTorch puts a heading above it, the line below that."""
     return str(error).partition(":\n")[2].strip().partition("\n")[0] or str(error).partition("\n")[0]
 
 
@@ -128,8 +158,10 @@ def read_model(path: str | Path) -> dict:
         CheckpointError: it is missing, damaged, or of another kind.
     """
     contents = read_file(path)
-    if not {"model", "config", "weights", "metadata"} <= contents.keys():
-        raise CheckpointError(f"{path} holds no model of this project")
+    try:
+        schema.check(contents, schema.MODEL)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds no model of this project: {error}") from None
     return contents
 
 

@@ -1,7 +1,9 @@
-"""Reports: what was found and how it came about, as JSON."""
+"""Reports: what was found and how it came about, as JSON with a checksum."""
 
 import datetime
+import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -11,14 +13,56 @@ from typing import Any
 import torch
 
 from support import cli, distributed
-from support.files import write_bytes
+from support.files import CheckpointError, write_bytes
 
 
-def write_json(path: str | Path, contents: Any) -> None:
-    """Write plain values as JSON that a person can read: indented, with lists of numbers or names on one line."""
-    text = json.dumps(contents, indent=1)
+def write_json(path: str | Path, contents: dict) -> None:
+    """Write plain values as JSON that a person can read: indented, with lists of numbers or names on one line. What is
+    not a finite number, and so has no place in JSON, becomes null; `sha256` is the checksum of all the rest."""
+    contents = json.loads(json.dumps(_finite(contents)))  # as it will be read: names are text, and lists are lists
+    text = json.dumps({**contents, "sha256": checksum(contents)}, indent=1, allow_nan=False)
     text = re.sub(r"\[\n\s*([^][{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
     write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: str | Path) -> dict:
+    """What `write_json` wrote. Files of earlier versions have no checksum.
+
+    Raises:
+        CheckpointError: missing, not JSON, or altered.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is damaged: it is not text") from None
+    try:
+        contents = json.loads(text, parse_constant=_refuse)
+        found = contents.pop("sha256", None)
+        intact = found is None or found == checksum(contents)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(f"{path} is damaged or cut short: it is not JSON of this project") from None
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+    return contents
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def checksum(contents: dict) -> str:
+    """SHA-256 of the values, however they are laid out in the file."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance() -> dict:

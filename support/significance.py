@@ -4,8 +4,10 @@
 be their mean. Two models are compared on the same images in the same order. Accuracies are fractions.
 """
 
+import warnings
+
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -19,7 +21,8 @@ def paired_bootstrap(correct: np.ndarray, other: np.ndarray, resamples: int = 10
     Returns:
         `difference`; its 95 % intervals `percentile` and `bca` (bias-corrected and accelerated, Efron 1987), each
         `[low, high]`; and `resampled` `(resamples,)`, the difference on each set of images drawn with replacement.
-        Where both models are equally right on every image the intervals have no width.
+        Where both models are equally right on every image the intervals have no width. BCa is not defined where too
+        few images make a difference: the percentile interval takes its place.
 
     Raises:
         ValueError: the two are not of the same images, or fewer than two.
@@ -36,14 +39,15 @@ def paired_bootstrap(correct: np.ndarray, other: np.ndarray, resamples: int = 10
             "bca": [mean, mean],
             "resampled": np.full(resamples, mean),
         }
-    bca = bootstrap((differences,), np.mean, n_resamples=resamples, batch=BATCH, method="BCa", rng=seed)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        bca = bootstrap((differences,), np.mean, n_resamples=resamples, batch=BATCH, method="BCa", rng=seed)
     percentile = bootstrap((differences,), np.mean, n_resamples=0, bootstrap_result=bca, method="percentile")
-    return {
-        "difference": mean,
-        "percentile": [float(end) for end in percentile.confidence_interval],
-        "bca": [float(end) for end in bca.confidence_interval],
-        "resampled": bca.bootstrap_distribution,
-    }
+    intervals = {"percentile": percentile.confidence_interval, "bca": bca.confidence_interval}
+    if not np.isfinite(intervals["bca"]).all():
+        intervals["bca"] = intervals["percentile"]
+    ends = {name: [float(end) for end in interval] for name, interval in intervals.items()}
+    return {"difference": mean, **ends, "resampled": bca.bootstrap_distribution}
 
 
 def mcnemar_p(correct: np.ndarray, other: np.ndarray) -> float:

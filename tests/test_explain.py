@@ -280,6 +280,6 @@ def test_a_file_that_is_no_model_or_does_not_say_what_it_was_trained_on(tmp_path
     assert code == 2 and len(err) == 1 and "No such file" in err[0]
     vit().save(tmp_path / "bare.pt")
     code, _, err = run("--checkpoint", tmp_path / "bare.pt")
-    assert code == 2 and len(err) == 1 and "no dataset, classes, mean, std" in err[0]
+    assert code == 2 and len(err) == 1 and "metadata.dataset is missing" in err[0]
     code, _, err = run("--checkpoint", tmp_path / "bare.pt", "--rows", 0)
     assert code == 2 and len(err) == 1 and "rows must be positive" in err[0]

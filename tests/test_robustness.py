@@ -96,7 +96,7 @@ def test_a_checkpoint_whose_contents_make_no_sense_is_one_line(checkpoint, tmp_p
     files.write_file(tmp_path / "saved" / checkpoint.name, contents)
     flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
     code, errors = run_on_tiny(tmp_path, *flags, "--resume", "--resume_changed")
-    assert code == 2 and "does not fit" in errors and len(errors.splitlines()) == 1
+    assert code == 2 and f"no whole checkpoint of a run: runner.{key}" in errors and len(errors.splitlines()) == 1
 
 
 def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path):
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_in_training_is_one_line_and_keeps_the_last_checkpo
 
     def fill_up(path, mode):
         writes.append(path)
-        return FullDisk(path) if len(writes) > 4 else builtins.open(path, mode)  # two probes, two checkpoints
+        return FullDisk(path) if len(writes) > 5 else builtins.open(path, mode)  # three probes, two checkpoints
 
     monkeypatch.setattr(files, "open", fill_up, raising=False)
     flags = ("--epochs", "9", "--hidden_size", "8", "--num_blocks", "1", "--batch_size", "8")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import setup_cifar
 import train
+from images.loader import unpack_ids
 from network import CNN, FeedForward, Model, VisionTransformer
 from support import cli
 from support.files import read_file
@@ -78,7 +79,11 @@ def test_reported_accuracy_is_that_of_the_saved_model(finished, digits):
 def test_the_model_file_carries_what_is_needed_to_use_it(finished, digits):
     metadata = VisionTransformer.load(finished.output / f"saved/{MODEL}.pt").metadata
     names = {"dataset": "digits", "source": "digits", "classes": digits.classes, "image_size": 32}
-    assert metadata == {**names, "mean": digits.mean, "std": digits.std}
+    assert {key: metadata[key] for key in names} == names
+    assert (metadata["mean"], metadata["std"]) == (digits.mean, digits.std)
+    assert metadata["fingerprints"] == digits.fingerprints
+    assert torch.equal(unpack_ids(metadata["seen"]["train"]), digits.train.ids.sort().values)
+    assert torch.equal(unpack_ids(metadata["seen"]["val"]), digits.val.ids.sort().values)
 
 
 def test_the_report_says_how_the_figures_came_about(finished):
@@ -214,6 +219,7 @@ TESTED_ELSEWHERE = {
     "resume",
     "resume_changed",
     "checkpoint_minutes",
+    "threads",
 }
 
 
@@ -662,7 +668,7 @@ def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, monkeypatch, cap
 def test_a_model_file_is_no_checkpoint(interrupted, tmp_path, monkeypatch, capfd):
     args = resume(interrupted, tmp_path, monkeypatch)
     CNN().save(tmp_path / "out" / "saved" / f"{MODEL}.checkpoint")
-    with refused(capfd, tmp_path, "is not a checkpoint"):
+    with refused(capfd, tmp_path, "is no whole checkpoint of a run"):
         run_main("train.py", *args)
 
 
@@ -697,6 +703,7 @@ def test_the_first_signal_stops_the_runner_and_the_second_the_program(number):
 # ---------------------------------------------------------------------------------------------------- the interface
 
 DOCUMENT = """
+from images.loader import unpack_ids
 from network import VisionTransformer
 model = VisionTransformer(img_size=32, hidden_size=64, output_size=10, num_heads=4, num_blocks=4)
 optimizer = torch.optim.AdamW(model.parameters())

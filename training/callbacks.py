@@ -14,7 +14,7 @@ from tqdm import tqdm
 import utils
 from network import VisionTransformer
 from runner import Runner
-from support import distributed
+from support import distributed, schema
 
 
 class Clock:
@@ -39,6 +39,7 @@ class Clock:
         return {"seconds": self.seconds, "val_seconds": self.val_seconds}
 
     def load_state_dict(self, state: dict) -> None:
+        schema.check(state, {"seconds": schema.NOT_NEGATIVE, "val_seconds": [schema.NOT_NEGATIVE]}, "Clock")
         self.seconds, self.val_seconds = state["seconds"], state["val_seconds"]
 
 
@@ -86,6 +87,7 @@ class ProgressBar:
 
     def epoch_end(self, runner: Runner) -> None:
         loss, correct, images = runner.totals.tolist()
+        images = max(images, 1)  # none where all steps were skipped
         rate = (images - self._images) / max(self.clock.seconds - self._seconds, 1e-9)
         line = f"epoch {runner.epoch:3d}/{runner.total_epochs}  train loss {loss / images:.4f} "
         line += f"accuracy {correct / images:6.2%}"
@@ -152,6 +154,7 @@ class WeightAverage:
         return self.average.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
+        schema.require_like(state, dict(self.average.state_dict()), "average")
         self.average.load_state_dict(state)
 
 
@@ -196,6 +199,10 @@ class EarlyStopping:
         return {"quantity": self.quantity, "epoch": self.epoch, "best": self.best, "weights": self.weights}
 
     def load_state_dict(self, state: dict) -> None:
+        table = {"quantity": schema.TEXT, "epoch": schema.COUNT, "best": schema.maybe(schema.NUMBER)}
+        schema.check(state, {**table, "weights": schema.ANYTHING}, "EarlyStopping")
+        if (state["best"] is None) != (state["weights"] is None):
+            raise ValueError("EarlyStopping has a best epoch without weights, or weights without an epoch")
         if state["quantity"] == self.quantity:  # else the search for the best begins anew
             self.epoch, self.best, self.weights = state["epoch"], state["best"], state["weights"]
 
@@ -315,6 +322,7 @@ class TensorBoard:
         return {"rate": self.rate}
 
     def load_state_dict(self, state: dict) -> None:
+        schema.check(state, {"rate": schema.NUMBER}, "TensorBoard")
         self.rate = state["rate"]
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from images.loader import Dataset, ImageLoader
 from runner import Runner
-from support import distributed
+from support import distributed, schema
 from support.files import CheckpointError, read_file, write_file
-from training.optim import rates_and_decays, set_rates_and_decays
+from training.optim import checked_state, set_position
 
 PROGRESS = ("epoch", "batch", "step", "skipped")  # of the Runner's attributes
 
@@ -23,10 +24,11 @@ class Checkpoints:
         path: the file, which is written anew each time.
         hyperparameters: the run's, by name.
         minutes: after which one is written within an epoch.
+        data: what is trained on; a run goes on with these images alone.
     """
 
-    def __init__(self, path: Path, hyperparameters: dict, minutes: float = 5.0):
-        self.path, self.hyperparameters, self.minutes = path, hyperparameters, minutes
+    def __init__(self, path: Path, hyperparameters: dict, minutes: float = 5.0, data: Dataset | None = None):
+        self.path, self.hyperparameters, self.minutes, self.data = path, hyperparameters, minutes, data
         self._written = time.monotonic()
 
     def step_end(self, runner: Runner) -> None:
@@ -39,11 +41,16 @@ class Checkpoints:
     def write(self, runner: Runner, results: dict | None = None) -> None:
         """All that is needed to go on; `results` are the figures of a run that has ended."""
         contents = {"runner": runner_state(runner), "config": self.hyperparameters, "results": results}
-        write_file(self.path, contents)
+        write_file(self.path, contents | ({"fingerprints": self.data.fingerprints} if self.data else {}))
         self._written = time.monotonic()
 
-    def resume(self, runner: Runner, images: set[str], free: set[str], changes_allowed: bool) -> dict | None:
-        """Bring the runner to where the checkpoint was written; of a run that has ended return its results instead.
+    def resume(
+        self, runner: Runner, train_loader: ImageLoader, images: set[str], free: set[str], changes_allowed: bool
+    ) -> dict | None:
+        """Bring the runner to where the checkpoint was written; returns the results of a run that has ended.
+
+        Where hyperparameters have changed, those asked for now hold from here on. The place in the epoch and in the
+        schedule is then the same part of the whole: after half of the images, half of the steps are done.
 
         Args:
             images: hyperparameters that may never differ from the checkpoint's: what was trained on could become what
@@ -52,14 +59,14 @@ class Checkpoints:
             changes_allowed: whether the others may.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters.
+            CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters or images.
         """
         checkpoint = distributed.broadcast(self._read)
-        before = checkpoint["config"]
+        before, now = checkpoint["config"], self.hyperparameters
         changed = {
-            name: f"{name} was {before.get(name)!r} and is {now!r}"
-            for name, now in self.hyperparameters.items()
-            if before.get(name) != now and name not in free
+            name: f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if before.get(name) != value and name not in free
         }
         if other_images := [changed[name] for name in changed if name in images]:
             raise CheckpointError(
@@ -67,21 +74,24 @@ class Checkpoints:
             )
         if changed and not changes_allowed:
             raise CheckpointError(f"{'; '.join(changed.values())}: --resume_changed goes on with the change")
-        if checkpoint["results"] is not None and not changed:
-            return checkpoint["results"]
-        if before.get("optimizer") != self.hyperparameters["optimizer"]:
+        self._require_same_images(checkpoint)
+        if before["optimizer"] != now["optimizer"]:
             raise CheckpointError(f"{self.path} does not fit: it holds the state of another optimizer")
-        wanted = rates_and_decays(runner.optimizer)
         try:
             restore_runner(runner, checkpoint["runner"])
-            differ = checkpoint["runner"]["callbacks"].keys() ^ _stateful(runner).keys()
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{self.path} does not fit this model: {reason}") from None
-        if changed:  # the checkpoint brought its learning rate and decay along: what was asked for now is to hold
-            set_rates_and_decays(runner.optimizer, runner.scheduler, wanted)
+        sizes = [config["batch_size"] * config.get("grad_accum", 1) for config in (before, now)]
+        if sizes[0] != sizes[1]:
+            done = runner.batch * sizes[0]  # images of this epoch
+            runner.batch = len(train_loader) if done >= train_loader.num_images else done // sizes[1]
+        if runner.scheduler is not None:
+            set_position(runner.scheduler, runner.epoch * len(train_loader) + runner.batch)
+        if checkpoint["results"] is not None and not changed:
+            return checkpoint["results"]
         print(f"resuming after epoch {runner.epoch}, step {runner.step}")
-        if differ:
+        if differ := checkpoint["runner"]["callbacks"].keys() ^ _stateful(runner).keys():
             print(f"only on one side, and beginning or ending here: {', '.join(sorted(differ))}")
         return None
 
@@ -89,31 +99,46 @@ class Checkpoints:
         if not self.path.exists():
             raise CheckpointError(f"there is no {self.path} to resume from: run without --resume")
         checkpoint = read_file(self.path)
-        if not {"runner", "config", "results"} <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
-            raise CheckpointError(f"{self.path} is not a checkpoint of a run")
+        try:
+            schema.check(checkpoint, schema.CHECKPOINT)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} is no whole checkpoint of a run: {error}") from None
         return checkpoint
+
+    def _require_same_images(self, checkpoint: dict) -> None:
+        if self.data is None or ("fingerprints" not in checkpoint and not self.data.is_folder):
+            return  # what earlier versions wrote; the other data sets never change
+        before = checkpoint.get("fingerprints")
+        for part, now in self.data.fingerprints.items():
+            if before is None or before[part] != now:
+                then = f"{before[part].partition(' ')[0]} images" if before else "nothing known of them"
+                raise CheckpointError(
+                    f"the {part} images in {self.data.source} are not those that this run began with ({then} then, "
+                    f"{now.partition(' ')[0]} now): put them back as they were, or choose another --name for a new run"
+                )
 
     def set_interrupted_run_aside(self) -> None:
         """Rename the checkpoint of an interrupted run, rather than have the new run of that name overwrite it."""
-        if is_of_interrupted_run(self.path):
+        if is_checkpoint(self.path, interrupted=True):
             aside = self.path.with_name(self.path.name + ".previous")
             self.path.replace(aside)
             print(f"an interrupted run of this name is now {aside}; to go on with it, rename it back and use --resume")
 
 
-def is_of_interrupted_run(path: Path) -> bool:
-    """Whether there is a whole checkpoint at `path`, of a run that has not ended."""
+def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
+    """Whether there is a whole checkpoint at `path`; with `interrupted`, of a run that has not ended."""
     try:
-        return path.exists() and read_file(path).get("results") is None
+        checkpoint = read_file(path)
     except CheckpointError:
         return False
+    return schema.fits(checkpoint, schema.CHECKPOINT) and not (interrupted and checkpoint["results"])
 
 
 def runner_state(runner: Runner) -> dict:
     """All that the rest of the training depends on, as tensors and plain values."""
     runner.read_steps()
     return {
-        **{name: part.state_dict() for name, part in _parts(runner).items()},
+        **{name: getattr(runner, name).state_dict() for name in ("model", "optimizer", "scaler")},
         "callbacks": {name: callback.state_dict() for name, callback in _stateful(runner).items()},
         "metrics": {name: torch.tensor(values, dtype=_dtype(name)) for name, values in runner.metrics.items()},
         "progress": {name: getattr(runner, name) for name in PROGRESS},
@@ -128,30 +153,41 @@ def restore_runner(runner: Runner, state: dict) -> None:
     callback that was not there then begins now.
 
     Raises:
-        KeyError, ValueError, RuntimeError: the state is not of such a runner.
+        ValueError, RuntimeError: the state is not of such a runner; it is as it was then, but for its callbacks.
     """
-    metrics = {name: state["metrics"][name].to(_dtype(name)).flatten().tolist() for name in runner.metrics}
-    for name, part in _parts(runner).items():
-        part.load_state_dict(state[name])
+    schema.check(state, schema.CHECKPOINT["runner"])
+    metrics, progress, callbacks = state["metrics"], state["progress"], state["callbacks"]
+    for part in ("train", "val"):
+        if len({len(metrics[f"{part}_{what}"]) for what in ("loss", "accuracy", "step")}) > 1:
+            raise ValueError(f"metrics of {part} have different lengths")
+    if len(metrics["val_step"]) != progress["epoch"]:
+        raise ValueError(f"{len(metrics['val_step'])} validations after {progress['epoch']} epochs")
+    schema.require_like(state["model"], dict(runner.model.state_dict()), "model")
+    schema.require_like(state["totals"], runner.totals.cpu(), "totals")
+    schema.require_like(state["random_state"], torch.get_rng_state(), "random_state")
+    if (best := callbacks.get("EarlyStopping", {}).get("weights")) is not None:
+        schema.require_like(best, dict(runner.eval_model.state_dict()), "the best weights")
+    optimizer_state = checked_state(runner.optimizer, state["optimizer"])
     for name, callback in _stateful(runner).items():
-        if name in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][name])
-    runner.metrics = metrics
-    for name in PROGRESS:
-        setattr(runner, name, state["progress"][name])
-    runner.totals = state["totals"].to(runner.device)
+        if name in callbacks:
+            callback.load_state_dict(callbacks[name])
     torch.set_rng_state(state["random_state"])
     if len(state["cuda_random_state"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random_state"])
+    runner.model.load_state_dict(state["model"])
+    runner.optimizer.load_state_dict(optimizer_state)
+    if state["scaler"].keys() == runner.scaler.state_dict().keys():  # else the precision has changed
+        runner.scaler.load_state_dict(state["scaler"])
+    runner.metrics = {name: metrics[name].to(_dtype(name)).tolist() for name in runner.metrics}
+    for name in PROGRESS:
+        setattr(runner, name, progress[name])
+    runner.totals = state["totals"].to(runner.device)
+    if runner.scheduler is not None:
+        set_position(runner.scheduler, runner.step)
 
 
 def _dtype(metric: str) -> torch.dtype:
     return torch.int64 if metric.endswith("step") else torch.float64
-
-
-def _parts(runner: Runner) -> dict[str, object]:
-    parts = {"model": runner.model, "optimizer": runner.optimizer, "scaler": runner.scaler}
-    return parts if runner.scheduler is None else {**parts, "scheduler": runner.scheduler}
 
 
 def _stateful(runner: Runner) -> dict[str, object]:

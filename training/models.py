@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from images.augment import import_torchvision
 from network import MODELS
-from support import cli
+from support import cli, schema
 from support.files import CheckpointError
-from support.model import Model, first_reason, read_model
+from support.model import Model, first_reason, no_larger_than, read_model
 
 
 def find_model(name: str) -> type[nn.Module]:
@@ -140,10 +140,18 @@ def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Mod
     if own_class is None:
         return Model.load(path)
     contents = read_model(path)
-    name = contents["config"].get("name") if contents["model"] == OwnModel.__name__ else contents["model"]
+    config = contents["config"]
+    name = config.get("name") if contents["model"] == OwnModel.__name__ else contents["model"]
     if contents["model"] != OwnModel.__name__ or name != own_class.__name__:
         raise CheckpointError(f"{path} holds a {name}, not a {own_class.__name__} of your own")
-    return OwnModel(**contents["config"], own_class=own_class).fill(contents, path)
+    try:
+        schema.check(config, {"name": schema.TEXT, "arguments": {...: schema.ANYTHING}}, "config")
+        inspect.signature(own_class).bind(**config["arguments"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit {name}: {error}") from None
+    with no_larger_than(contents["weights"]):
+        model = OwnModel(name, config["arguments"], own_class)
+    return model.fill(contents, path)
 
 
 # ------------------------------------------------------------------------------------------------- timm's models
@@ -237,6 +245,10 @@ def start_from(model: Model, path: str | Path) -> dict:
         ValueError: it holds a model of another class or of other sizes.
     """
     source = load_file(path, type(model.module) if isinstance(model, OwnModel) else None)
+    try:
+        schema.check(source.metadata, schema.optional({}, **schema.NORMALISATION, **schema.ORIGIN), "metadata")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not as train.py writes it: {error}") from None
     if type(source) is not type(model) or source.title != model.title:
         raise ValueError(f"{path} holds a {source.title}, which cannot start a {model.title}")
     mine, theirs = (m.config.get("arguments", m.config) for m in (model, source))

@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from network import Model
+from support import schema
 
 Groups = list[dict]  # of parameters, as torch's optimisers take them: `params`, `lr`, `weight_decay`
 
@@ -149,13 +150,42 @@ def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: 
     return LambdaLR(optimizer, factor)
 
 
-def rates_and_decays(optimizer: Optimizer) -> list[tuple[float, float]]:
-    """Peak learning rate and weight decay of each group; the optimiser has a schedule."""
-    return [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+def set_position(schedule: LambdaLR, step: int) -> None:
+    """Put the learning rates of this step in force, from 0, as if the schedule had come to it by itself."""
+    schedule.last_epoch = step
+    for group, peak, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * factor(step)
 
 
-def set_rates_and_decays(optimizer: Optimizer, schedule: LambdaLR, wanted: list[tuple[float, float]]) -> None:
-    """Put other peak learning rates and weight decays in force, from the step on that the schedule has come to."""
-    schedule.base_lrs = [lr for lr, _ in wanted]
-    for group, factor, (lr, decay) in zip(optimizer.param_groups, schedule.lr_lambdas, wanted, strict=True):
-        group.update(initial_lr=lr, lr=lr * factor(schedule.last_epoch), weight_decay=decay)
+# What these optimisers remember of each parameter, besides `step` tensors of its shape.
+MEMORY = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Adam: {"step", "exp_avg", "exp_avg_sq"}}
+MEMORY |= {SGD: {"momentum_buffer"}, torch.optim.Muon: {"momentum_buffer"}}
+
+
+def checked_state(optimizer: Optimizer, state: dict) -> dict:
+    """A state for `optimizer.load_state_dict`: what a file remembers of each parameter, and the optimiser's own rates.
+
+    torch takes a state as it comes, and fused AdamW writes beyond the end of tensors that are too small.
+
+    Raises:
+        ValueError: it is not that of such an optimiser for these parameters.
+    """
+    if isinstance(optimizer, MuonAndAdamW):
+        schema.check(state, {"parts": [{...: schema.ANYTHING}]}, "optimizer")
+        pairs = zip((optimizer.muon, optimizer.adamw), state["parts"], strict=True)
+        return {"parts": [checked_state(part, found) for part, found in pairs]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    memory = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(memory, dict) or not memory.keys() <= set(range(len(parameters))):
+        raise ValueError("it remembers other parameters than the optimizer's")
+    for number, values in memory.items():
+        if not isinstance(values, dict) or values.keys() != MEMORY.get(type(optimizer), values.keys()):
+            raise ValueError(f"it does not remember of parameter {number} what {type(optimizer).__name__} does")
+        for name, value in values.items():
+            scalar = torch.zeros((), dtype=torch.float32)
+            schema.require_like(
+                value, scalar if name == "step" else parameters[number], f"{name} of parameter {number}"
+            )
+    return {"state": memory, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
+import os
 import re
 import shlex
 import shutil
@@ -17,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import utils
 from images.augment import parse_augment
-from images.loader import Dataset
+from images.loader import Dataset, ImageLoader, join_names, split_names
 from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device
 from support import cli, distributed
@@ -42,6 +44,8 @@ class RunOptions:
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
+    # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
+    threads: int | None = None
     # auto is bf16 on GPUs that have it, else fp32; on CPUs with AMX, too, bf16 is up to twice as fast
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
@@ -54,6 +58,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     """The precision by name; "auto" takes bf16 on a GPU that computes in it, else fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bf16" if has_bf16 else "fp32"
+
+
+def require_threads(threads: int) -> int:
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads {threads} must be at least 1, and at most the cores of this machine make it faster")
+    return threads
 
 
 class Run:
@@ -75,6 +85,8 @@ class Run:
             contexts.enter_context(cli.one_line_errors())
             self.device = choose_device(distributed.device_name(self.config.device))
             self.config.precision = choose_precision(self.config.precision, self.device)
+            if self.config.threads is not None:
+                torch.set_num_threads(require_threads(self.config.threads))
             self.share = {"rank": distributed.rank(), "world_size": distributed.world_size()}  # of each batch
             self.first = distributed.rank() == 0  # of several processes it alone writes
             self._contexts = contexts.pop_all()
@@ -125,7 +137,8 @@ class Run:
     def callbacks(self, val_loader: Iterable) -> list[object]:
         """Those that write files: the GIF's frames, TensorBoard, and, last, the checkpoint."""
         config, paths = self.config, self.paths
-        self.checkpoints = Checkpoints(paths.checkpoint, dataclasses.asdict(config), config.checkpoint_minutes)
+        settings = dataclasses.asdict(config)
+        self.checkpoints = Checkpoints(paths.checkpoint, settings, config.checkpoint_minutes, self.data)
         if not self.first:
             return []
         found = []
@@ -135,15 +148,15 @@ class Run:
             found.append(TensorBoard(paths.tensorboard, val_loader, self.data.classes))
         return [*found, self.checkpoints]
 
-    def start(self, runner: Runner) -> bool:
+    def start(self, runner: Runner, train_loader: ImageLoader) -> bool:
         """Claim the name, then go on from the checkpoint (--resume) or set that of an interrupted run aside. False
         where the run that is to be resumed had finished."""
         if self.config.resume:
             groups = cli.flag_groups(type(self.config))
             images = {name for name, (title, _) in groups.items() if title == "data"}
             free = {name for name in groups if name not in self.hyperparameters}
-            results = self.checkpoints.resume(runner, images, free, self.config.resume_changed)
-            if results:
+            results = self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
+            if results and self.paths.model.exists() and self.paths.report.exists():
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
                 return False
         if self.first:
@@ -196,6 +209,8 @@ class Run:
                 runner.eval_model.save(self.paths.last, **self.data.metadata)
             stopping.use_best(runner)
         test_loss, test_accuracy = runner.test(test_loader)
+        if not math.isfinite(test_loss):
+            raise NonFiniteLoss(f"the test loss is {test_loss}: the model is of no use on some of the test images")
         if not self.first:
             return
         results = {
@@ -276,9 +291,19 @@ class Paths:
             OSError: a folder that cannot be written.
             ValueError: another run of this name is under way.
         """
-        for path in (self.model, self.curves):
-            probe = path.with_name(f".{path.name}.probe")
-            write_bytes(probe, b"")
+        longest = {}  # name in each folder
+        for path in vars(self).values():
+            if isinstance(path, Path) and path != self.tensorboard:
+                known = longest.get(path.parent, path)
+                longest[path.parent] = max(known, path, key=lambda path: len(os.fsencode(path.name)))
+        for path in longest.values():
+            probe = path.with_name(f"{path.name}.tmp")  # as it is called while it is written
+            try:
+                write_bytes(probe, b"")
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                raise ValueError(f"{path.name} is too long for a file here: choose a shorter --name") from None
             probe.unlink()
         lock = FileLock(self.lock)
         try:
@@ -319,7 +344,7 @@ def check(config) -> None:
     if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
         raise ValueError(f"fold {config.fold} must be a number and how many there are: 0/5 is the first of five")
     if config.classes:
-        config.classes = ",".join(name.strip() for name in config.classes.split(","))
+        config.classes = join_names(split_names(config.classes))
     timm, weights = config.model.startswith("timm:"), config.pretrained or config.pretrained_file
     if timm and config.optimizer == "muon":
         raise ValueError("--optimizer muon is for the project's own blocks: choose adamw, adam or sgd for timm's")

@@ -1,16 +1,18 @@
 """A trained model, ready for use: from its file, with the test images that belong to it, and what it says of them."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from images.loader import ImageLoader
+from images.loader import Dataset, ImageLoader, Split, unpack_ids
 from network import Model
-from setup_cifar import load_data
+from setup_cifar import DATASETS, load_data
+from support import schema
 from support.files import CheckpointError
-from training.models import import_class, load_file
+from training.models import OwnModel, import_class, load_file
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Model:
@@ -23,22 +25,71 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", model: str 
         CheckpointError: no usable file, one of another class, or one without the metadata that train.py writes.
     """
     loaded = load_file(path, import_class(model) if model else None).to(device)
-    missing = [name for name in ("dataset", "classes", "mean", "std") if name not in loaded.metadata]
-    if missing:
-        raise CheckpointError(f"{path} does not say what the model was trained on: no {', '.join(missing)} in it")
+    try:
+        schema.check(loaded.metadata, schema.METADATA, "metadata")
+        if isinstance(loaded, OwnModel):
+            schema.check(loaded.metadata, {"image_size": schema.SIZE}, "metadata")
+        arguments, classes = loaded.config.get("arguments", loaded.config), len(loaded.metadata["classes"])
+        if arguments.get("output_size", classes) != classes:
+            raise ValueError(f"metadata names {classes} classes, and the model knows {arguments['output_size']}")
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not say what the model was trained on: {error}") from None
     return loaded
 
 
-def test_loader(model: Model, data_dir: str | None, batch_size: int, device: str | torch.device) -> ImageLoader:
-    """The test images of the data set that the model was trained on, normalised as they were in training."""
+def test_loader(
+    model: Model, data_dir: str | None, batch_size: int, device: str | torch.device, others: Iterable[Model] = ()
+) -> ImageLoader:
+    """The test images of the data set that the model was trained on, normalised as they were in training.
+
+    Of a folder of pictures that has changed since then, those are left out that the model, or one of the `others`, was
+    trained or validated on, and it is said how many are left.
+
+    Args:
+        data_dir: where CIFAR lies; of a model of your own pictures, where their folder is now if it has been moved.
+
+    Raises:
+        CheckpointError: the data are not those that the model was trained on, or it is not certain which of them.
+    """
     metadata = model.metadata
-    source = metadata.get("source", metadata["dataset"])  # a folder's path; files of older models have the name alone
-    data = load_data(source, data_dir, img_size=model.image_size)
+    source = metadata.get("source", metadata["dataset"])  # files of older models have the name alone
+    if metadata["dataset"] in DATASETS:
+        data = load_data(metadata["dataset"], data_dir)
+    else:
+        data = load_pictures(source, data_dir, metadata, model.image_size)
     if data.classes != metadata["classes"]:  # trained on some of them
         if not set(metadata["classes"]) <= set(data.classes):
             raise CheckpointError(f"the classes in {source} are no longer those that the model was trained on")
         data = data.select(metadata["classes"])
-    return ImageLoader(data.test, batch_size, metadata["mean"], metadata["std"], device)
+    test = not_trained_on(data, [model, *others]) if data.is_folder else data.test
+    return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device)
+
+
+def load_pictures(source: str, data_dir: str | None, metadata: dict, img_size: int) -> Dataset:
+    """The folder of pictures that a model was trained on, as it is now."""
+    if "seen" not in metadata:
+        raise CheckpointError(
+            f"an earlier version saved this model, which does not say which pictures in {source} it was trained on, so "
+            "that it cannot be tested on the others: train it again"
+        )
+    folder = data_dir if data_dir and not Path(source).is_dir() else source
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"the pictures that the model was trained on are not in {folder}: --data_dir says where")
+    return load_data(str(Path(folder).resolve()), img_size=img_size)
+
+
+def not_trained_on(data: Dataset, models: list[Model]) -> Split:
+    """The test pictures that none of the models was trained or validated on."""
+    seen = torch.cat([unpack_ids(ids) for model in models for ids in model.metadata["seen"].values()])
+    known = torch.isin(data.test.ids, seen)
+    if known.all():
+        raise CheckpointError(f"no picture in {data.source} is left to test on: the model was trained on all of them")
+    if known.any() or data.test.fingerprint != models[0].metadata.get("fingerprints", {}).get("test"):
+        print(
+            f"the pictures in {data.source} have changed since training: tested on {int((~known).sum()):,} of "
+            f"{len(known):,}, none of which was trained on"
+        )
+    return data.test.subset(~known)
 
 
 @torch.no_grad()
