@@ -283,7 +283,7 @@ def axis_of(name: str) -> tuple[str, list[int]]:
 def cost_in_a_process(options: dict, threads: int = 1) -> dict:
     """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
     command = [sys.executable, "-m", "studies.benchmark", "cost", json.dumps(options), str(threads)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=cli.ROOT).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=cli.ROOT).stdout)
 
 
 def cost_of_one(options: dict, threads: int) -> dict:
@@ -332,8 +332,10 @@ def time_to_accuracy(config: Config) -> dict:
     for seed in range(config.seeds):
         for contender, rows in reached.items():
             path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
-            stored = path.exists()
-            history = json.loads(path.read_text())["history"] if stored else run_contender(config, contender, seed)
+            if path.exists():
+                history = json.loads(path.read_text(encoding="utf-8"))["history"]
+            else:
+                history = run_contender(config, contender, seed)
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
             rows.append(row)
             table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})

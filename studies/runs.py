@@ -153,12 +153,13 @@ def run_all(commands: dict[str, list[str]], options: StudyOptions) -> list[str]:
 def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> subprocess.Popen:
     if not quietly:
         return subprocess.Popen(command, env=environment)
-    with open(log, "w") as file:
+    environment = {**environment, "PYTHONIOENCODING": "utf-8"}  # in which the log is read, whatever the system's is
+    with open(log, "wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
@@ -178,7 +179,7 @@ def read_report(name: str, options: StudyOptions) -> dict:
     """
     path = options.saved / f"{name}.json"
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         whole = all(key in report[part] for part, keys in NEEDED.items() for key in keys)
         whole = whole and len(report["val_seconds"]) == len(report["metrics"]["val_step"]) > 0
     except (OSError, ValueError, KeyError, TypeError):

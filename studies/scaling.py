@@ -65,7 +65,8 @@ def main(args: list[str] | None = None) -> None:
         check(config)
         path = Path(config.output_dir) / "scaling.json"
         try:
-            results = json.loads(path.read_text()) if path.exists() else {}  # what is not measured now stays
+            # what is not measured now stays
+            results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError:
             raise ValueError(f"{path} is damaged: delete it and measure again") from None
         measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}

@@ -333,7 +333,7 @@ def test_files_are_found_by_argument_environment_and_default(cifar, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for name in ("data", "environment", "argument"):
         folder = cifar.write_files(tmp_path / name)
-        (folder / "readme.html").write_text("other files do not matter")
+        (folder / "readme.html").write_text("other files do not matter", encoding="utf-8")
     assert load_data("cifar10").classes == list("abcdefghij")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "environment"))
     (tmp_path / "data" / CIFAR10_FOLDER / "test_batch").write_bytes(b"damaged")
