@@ -1,7 +1,9 @@
 """Awkward image files, made here, brought to the model's input or refused in one line."""
 
 import io
+import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -250,6 +252,31 @@ def test_pictures_of_other_vits(tmp_path, model, options):
     assert probabilities.sum() == pytest.approx(1)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 1000
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_the_others(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    names = [f"{'n' * 245}.png", "folder.png", "good.png"]  # with _prediction the first is too long for a file system
+    for name in names:
+        halves().save(tmp_path / name)
+    (tmp_path / "out" / "folder_prediction.png").mkdir(parents=True)
+    code, out, err = run(*(tmp_path / name for name in names), "--checkpoint", tmp_path / "model.pt")
+    assert code == 1 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
+    assert len(err) == 2 and "cannot write" in err[0] and names[0][:-4] in err[0] and "folder" in err[1]
+    assert not any(line.startswith("predict.py: error: [Errno") for line in err)
+    assert (tmp_path / "out" / "good_prediction.png").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_a_name_that_is_not_utf_8(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    for name in (b"\xff.png", b"\xfe.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"no picture" if name == b"\xfe.png" else encode(halves(), "PNG"))
+    files = [tmp_path / os.fsdecode(name) for name in (b"\xff.png", b"\xfe.png")]
+    code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
+    assert code == 1 and len(err) == 1 and "\\udcfe.png is not an image" in err[0]
+    assert out.startswith(f"{tmp_path}/\\udcff.png (60x40)")
+    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"\xff_prediction.png"]  # noqa: PTH208
 
 
 def test_without_images_or_model(tmp_path, run):
