@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
-from images.folder import ImageError, central_square, read_image, to_array
+from images.reading import ImageError, central_square, read_image, to_array
 from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
@@ -60,7 +60,8 @@ def main(args: list[str] | None = None) -> None:
                 failed = True
                 continue
             best = probabilities.topk(min(5, len(probabilities)))
-            lines = [f"{name} ({image.width}x{image.height}): {path}"]
+            width, height = image.info["size"]
+            lines = [f"{name} ({width}x{height}): {path}"]
             for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 lines.append(f"  {100 * probability:5.1f} %  {model.metadata['classes'][index]}")
             tqdm.write("\n".join(lines), file=sys.stdout)

@@ -78,10 +78,10 @@ def integers() -> Image.Image:
     return Image.fromarray(values)
 
 
-def floats() -> Image.Image:
-    values = np.full((40, 60), -3.5, np.float32)
-    values[:, 30:] = 12
-    values[0, 0] = np.nan  # which counts as 0
+def floats(somewhere: float = -3.5, low: float = -3.5, high: float = 12) -> Image.Image:
+    values = np.full((40, 60), low, np.float32)
+    values[:, 30:] = high
+    values[0, 0] = somewhere
     return Image.fromarray(values)
 
 
@@ -112,6 +112,7 @@ READABLE = {  # name -> contents, and the colours expected on the left and on th
     "sixteen_bit.pgm": (b"P5 60 40 65535\n" + np.asarray(sixteen_bit()).astype(">u2").tobytes(), (50,) * 3, (210,) * 3),
     "integers.tif": (encode(integers(), "TIFF"), (0,) * 3, WHITE),
     "floats.tif": (encode(floats(), "TIFF"), (0,) * 3, WHITE),
+    "small_floats.tif": (encode(floats(1e-20, 1e-20, 1e-19), "TIFF"), (0,) * 3, WHITE),
     "one_bit.png": (encode(halves().convert("1", dither=Image.Dither.NONE), "PNG"), (0,) * 3, (0,) * 3),
     "exif.png": (rotated_by_exif(6), LEFT, RIGHT),
     "animation.gif": (animation("GIF"), LEFT, RIGHT),
@@ -141,6 +142,9 @@ UNREADABLE = {  # name -> contents, and words of the complaint
     "truncated.jpg": (encode(NOISE, "JPEG")[:1500], "truncated or damaged"),
     "truncated.webp": (encode(NOISE, "WEBP", lossless=True)[:3000], "damaged"),
     "corrupt.png": (encode(NOISE, "PNG")[:60] + b"\xff" * 40 + encode(NOISE, "PNG")[100:], "damaged"),
+    "infinite.tif": (encode(floats(np.inf), "TIFF"), "infinite values or NaN"),
+    "minus_infinite.tif": (encode(floats(-np.inf), "TIFF"), "infinite values or NaN"),
+    "nan.tif": (encode(floats(np.nan), "TIFF"), "infinite values or NaN"),
     "bomb.png": (bomb(), "would unpack to more than 179 megapixels"),
 }
 
