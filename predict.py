@@ -4,7 +4,8 @@
     python predict.py a.png b.webp --checkpoint saved/CNN.pt
 
 Prints the five likeliest classes of each and saves figures/<name>_prediction.png, for a ViT with its attention. A file
-that cannot be read gets one line on stderr, the others are still done, and the exit code is 1.
+that cannot be read, or whose picture cannot be written, gets one line on stderr, the others are still done, and the
+exit code is 1.
 """
 
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
-from images.folder import ImageError, central_square, read_image, to_array
+from images.reading import ImageError, central_square, read_image, to_array
 from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
@@ -51,14 +52,16 @@ def main(args: list[str] | None = None) -> None:
         for name in tqdm(config.images, "predicting", unit="image", leave=False, disable=len(config.images) < 4):
             try:
                 image = read_image(name)
-            except ImageError as error:
-                tqdm.write(f"predict.py: error: {error}", file=sys.stderr)
+                path = free_path(Path(config.output_dir), Path(name).stem, taken)
+                probabilities = classify(model, image, path)
+            except (ImageError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error  # without the number that Python puts before it
+                tqdm.write(f"predict.py: error: {reason}", file=sys.stderr)
                 failed = True
                 continue
-            path = free_path(Path(config.output_dir), Path(name).stem, taken)
-            probabilities = classify(model, image, path)
             best = probabilities.topk(min(5, len(probabilities)))
-            lines = [f"{name} ({image.width}x{image.height}): {path}"]
+            width, height = image.info["size"]
+            lines = [f"{name} ({width}x{height}): {path}"]
             for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 lines.append(f"  {100 * probability:5.1f} %  {model.metadata['classes'][index]}")
             tqdm.write("\n".join(lines), file=sys.stdout)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+MOST = 1 << 30  # bytes of a file whose size the server does not say; CIFAR's are 170 MB
+
 
 class DownloadError(ValueError):
     """A file that could not be fetched, with the reason in one line."""
@@ -50,6 +52,9 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
             reason = str(error.reason)
             if not part.exists():  # no connection at all: waiting longer will not help
                 break
+        except (ValueError, OverflowError, http.client.InvalidURL) as error:  # no address, or sent on to none
+            reason = f"{type(error).__name__}: {error}"
+            break
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         else:
@@ -58,7 +63,8 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
                 return
             reason = "what arrived is not the genuine file: its md5 differs"
             part.unlink()
-    raise DownloadError(f"{path.name} could not be downloaded from {url} ({reason})")
+    shown = "".join(letter if letter.isprintable() else " " for letter in reason)[:200]  # a server may say anything
+    raise DownloadError(f"{path.name} could not be downloaded from {url} ({shown})")
 
 
 def transfer(url: str, part: Path, timeout: float) -> None:
@@ -67,14 +73,21 @@ def transfer(url: str, part: Path, timeout: float) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         resumed = response.status == 206
-        length = response.headers.get("Content-Length")
-        total = None if length is None else int(length) + (have if resumed else 0)
         have, title = have if resumed else 0, f"downloading {part.stem}"
+        length = response.headers.get("Content-Length", "")
+        known = length.isascii() and length.isdigit() and len(length) < 16  # otherwise it is no size
+        total = have + int(length) if known else None
+        most = MOST if total is None else total
         bar = tqdm(desc=title, total=total, initial=have, unit="B", unit_scale=True)
         part.parent.mkdir(parents=True, exist_ok=True)  # only now: a mistyped folder is not made for nothing
         with open(part, "ab" if resumed else "wb") as file, bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > most:
+                    break
+    if part.stat().st_size > most:
+        part.unlink()
+        raise ConnectionError(f"the server sent more than {most:,} bytes")
     if total is not None and part.stat().st_size < total:
         raise ConnectionError("the connection broke off")

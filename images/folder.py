@@ -1,4 +1,4 @@
-"""Pictures from files: any size and format brought to RGB squares, and folders of them as a data set.
+"""Folders of pictures as a data set.
 
 pets/train/cat/*.jpg    one folder for each class; its name is the class's
 pets/train/dog/*.jpg
@@ -10,74 +10,16 @@ move no other picture from one part to another, and copies of a picture are all 
 
 import hashlib
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from images.loader import HASHES, Split
+from images.reading import ImageError, read_image, to_array
 
 TEST_FRACTION = 0.2  # fixed: a test image of one run is a training image of no other
-
-
-class ImageError(ValueError):
-    """A file that cannot be read as an image, or a folder that is no data set, with the reason in one line."""
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as upright 8-bit RGB, of several (an animation) the first, on white where transparent.
-
-    Raises:
-        ImageError: no such file, no image, truncated or damaged, or so large that it might be a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures, and of oddities that it can read
-            with Image.open(file) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image of a format that Pillow reads") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise ImageError(f"{path} would unpack to more than {limit:.0f} megapixels: a decompression bomb?") from None
-    except Exception as error:  # Pillow's many readers answer a damaged file with many kinds of exception
-        if isinstance(error, OSError) and error.strerror:  # the system's word: no such file, a folder, not permitted
-            raise ImageError(f"cannot read {path}: {error.strerror}") from None
-        raise ImageError(f"{path} is truncated or damaged ({' '.join(str(error).split())})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes to RGB: 16-bit greys scaled to 8, floats and other integers stretched from their lowest to
-    their highest value, transparent pixels put on white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = values.min(), values.max()
-        if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high < 65536):
-            low, high = 0, 65535  # mode I is also how Pillow gives a 16-bit PGM
-        values = (values - low) / max(high - low, 1e-12)
-        return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def central_square(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side resized to `side` pixels, and the centre cut out of the longer one, in one step."""
-    shorter = min(image.size)
-    left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
-    box = (left, top, left + shorter, top + shorter)
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-
-
-def to_array(image: Image.Image, side: int) -> np.ndarray:
-    """The pixels that a model sees of an RGB image: uint8 `(3, side, side)`, its central square."""
-    return np.array(central_square(image, side)).transpose(2, 0, 1)
 
 
 def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -> tuple[list[str], dict[str, Split]]:

@@ -283,7 +283,7 @@ def axis_of(name: str) -> tuple[str, list[int]]:
 def cost_in_a_process(options: dict, threads: int = 1) -> dict:
     """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
     command = [sys.executable, "-m", "studies.benchmark", "cost", json.dumps(options), str(threads)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=cli.ROOT).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=cli.ROOT).stdout)
 
 
 def cost_of_one(options: dict, threads: int) -> dict:

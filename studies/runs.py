@@ -154,12 +154,13 @@ def run_all(commands: dict[str, list[str]], options: StudyOptions) -> list[str]:
 def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> subprocess.Popen:
     if not quietly:
         return subprocess.Popen(command, env=environment)
-    with open(log, "w") as file:
+    environment = {**environment, "PYTHONIOENCODING": "utf-8"}  # in which the log is read, whatever the system's is
+    with open(log, "wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 

@@ -53,6 +53,7 @@ def parse(
     if remember:
         path = Path(inspect.getfile(config_class)).resolve()
         in_folder = path.parent != ROOT and path.is_relative_to(ROOT)
+        _print_everything()
         _program = ["-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)] if in_folder else [path.name]
         _args = args
     flags = [_with_underscores(arg) for arg in args]
@@ -62,6 +63,13 @@ def parse(
         parser.set_defaults(**dependent_defaults(config))
         config = config_class(**_values(parser, flags))
     return config
+
+
+def _print_everything() -> None:
+    """Print what the terminal's or the file's encoding lacks as \\u4e2d: a class may be called anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def command() -> list[str]:

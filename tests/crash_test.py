@@ -29,7 +29,9 @@ def start(folder: Path, epochs: int, *extra: str) -> subprocess.Popen:
     flags = [*FLAGS.split(), "--epochs", str(epochs), "--output_dir", str(folder), *extra]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # of so small a model, on a busy machine, two are slower
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", env=environment
+    )
 
 
 def run_to_the_end(folder: Path, epochs: int, *extra: str) -> None:
@@ -81,7 +83,7 @@ def crash(folder: Path, epochs: int, kills: int, seed: int) -> dict[str, int]:
 def differences(left: Path, right: Path) -> list[str]:
     """What is not equal, bit for bit, between two runs."""
     models = [torch.load(folder / "saved" / f"{NAME}.pt", weights_only=True) for folder in (left, right)]
-    reports = [json.loads((folder / "saved" / f"{NAME}.json").read_text()) for folder in (left, right)]
+    reports = [json.loads((folder / "saved" / f"{NAME}.json").read_text(encoding="utf-8")) for folder in (left, right)]
     gifs = [(folder / "animation_vit_digits.gif").read_bytes() for folder in (left, right)]
     weights = [model["weights"] for model in models]
     found = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]

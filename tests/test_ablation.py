@@ -18,7 +18,7 @@ def run(*flags):
 
 def table_of(folder):
     """The Markdown table without the spaces that make its columns even."""
-    return re.sub(" +", " ", (folder / "figures" / "ablation.md").read_text())
+    return re.sub(" +", " ", (folder / "figures" / "ablation.md").read_text(encoding="utf-8"))
 
 
 def test_every_row_changes_one_hyperparameter_that_exists():
@@ -47,7 +47,7 @@ def store(folder, key, seed, accuracy):
         "metrics": {"val_loss": [1], "val_accuracy": [accuracy], "val_step": [1]},
         "val_seconds": [1],
     }
-    (folder / "saved" / "studies" / f"ablation_{key}_seed{seed}.json").write_text(json.dumps(report))
+    (folder / "saved" / "studies" / f"ablation_{key}_seed{seed}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def test_table_and_figure_of_what_is_stored(tmp_path, capsys):
@@ -64,7 +64,7 @@ def test_table_and_figure_of_what_is_stored(tmp_path, capsys):
     assert adamw in table  # -10 and -8 to the runs with the same seed
     assert "| CLS token in place of the mean | 75.0% | +5.0 | 1 |" in table
     assert "12.3" not in table + capsys.readouterr().out  # the test accuracy
-    report = json.loads((tmp_path / "figures" / "ablation.json").read_text())
+    report = json.loads((tmp_path / "figures" / "ablation.json").read_text(encoding="utf-8"))
     assert [row["row"] for row in report["rows"]] == ["default", "adamw", "cls"] and report["provenance"]["torch"]
     assert (tmp_path / "figures" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -84,7 +84,9 @@ def test_rows_are_trained_once(tmp_path, monkeypatch, capsys):
     assert "1 to train" in capsys.readouterr().out
     run(*flags)
     assert "1 to train" in capsys.readouterr().out
-    report = json.loads((tmp_path / "saved" / "studies" / "ablation_digits_1epochs_adamw_seed0.json").read_text())
+    report = json.loads(
+        (tmp_path / "saved" / "studies" / "ablation_digits_1epochs_adamw_seed0.json").read_text(encoding="utf-8")
+    )
     assert report["config"]["optimizer"] == "adamw" and report["config"]["epochs"] == 1
     run(*flags)
     out = capsys.readouterr().out

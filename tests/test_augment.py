@@ -262,7 +262,7 @@ def test_the_cost_of_each_is_measured_printed_and_stored(tmp_path, monkeypatch, 
     monkeypatch.setattr(benchmark, "synthetic_data", lambda images: data)
     flags = ["--augmentation", "--repeats", "1", "--output_dir", str(tmp_path)]
     benchmark.main(flags)
-    stored = json.loads((tmp_path / "augmentation_cost.json").read_text())
+    stored = json.loads((tmp_path / "augmentation_cost.json").read_text(encoding="utf-8"))
     assert list(stored["images_per_second"]) == ["none", "autoaugment"]
     printed = re.sub(" +", " ", capsys.readouterr().out)
     for name, rates in stored["images_per_second"].items():

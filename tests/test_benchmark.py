@@ -62,10 +62,10 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
     monkeypatch.setattr(benchmark, "TARGET", 0.01)
     run_main("studies.benchmark", "--time_to_accuracy", "--seeds", 1, "--stop_at", 0.01, "--output_dir", tmp_path)
     for contender in ("reference", "quick"):
-        report = json.loads((tmp_path / f"time_to_accuracy_{contender}_0.json").read_text())
+        report = json.loads((tmp_path / f"time_to_accuracy_{contender}_0.json").read_text(encoding="utf-8"))
         assert report["config"]["contender"] == contender and len(report["history"]) == 1
     assert "| reference | " in re.sub(" +", " ", capsys.readouterr().out)
-    together = json.loads((tmp_path / "time_to_accuracy.json").read_text())
+    together = json.loads((tmp_path / "time_to_accuracy.json").read_text(encoding="utf-8"))
     assert together["reached"]["quick"] == report["history"]
     assert together["ratios"].keys() == {"wall_seconds", "cpu_seconds"}
     with pytest.raises(SystemExit):

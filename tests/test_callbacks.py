@@ -185,7 +185,7 @@ def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, 
     # it learns too slowly to improve by a half
     flags = "--epochs 9 --lr 0.0001 --patience 2 --monitor accuracy --min_improvement 0.5 --ema 0.5"
     train_small(tmp_path, *flags.split())
-    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
+    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
     results, accuracies = report["results"], report["metrics"]["val_accuracy"]
     assert (results["epochs"], len(accuracies), results["tested_epoch"]) == (3, 3, 1)
     assert results["val_accuracy"] == accuracies[0] != accuracies[2]

@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
         run_study(*DIGITS, folder, "--jobs", 2)
-    study = json.loads((folder / "figures/model_comparison_digits.json").read_text())
+    study = json.loads((folder / "figures/model_comparison_digits.json").read_text(encoding="utf-8"))
     return SimpleNamespace(folder=folder, printed=printed.getvalue(), study=study)
 
 
@@ -70,7 +70,7 @@ def test_the_command_trains_tests_and_draws(finished):
     for what in FIGURES:
         with Image.open(finished.folder / f"figures/model_comparison_digits_{what}.png") as picture:
             assert picture.width >= 1200
-    table = (finished.folder / "figures/model_comparison_digits.md").read_text()
+    table = (finished.folder / "figures/model_comparison_digits.md").read_text(encoding="utf-8")
     assert table in finished.printed
     assert "4 runs asked for, 0 of them stored, 4 to train" in finished.printed
     assert (
@@ -86,7 +86,7 @@ def test_the_command_trains_tests_and_draws(finished):
 def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digits):
     for name, row in zip(NAMES, finished.study["rows"], strict=True):
         model = Model.load(finished.folder / f"saved/studies/{name}.pt")
-        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text())
+        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text(encoding="utf-8"))
         mean, std = (torch.tensor(model.metadata[what]).view(1, 3, 1, 1) for what in ("mean", "std"))
         with torch.no_grad():
             logits = model((digits.test.images / 255 - mean) / std).double()
@@ -102,7 +102,9 @@ def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digi
 
 
 def test_recipes_are_what_they_are_called(finished):
-    reports = [json.loads((finished.folder / f"saved/studies/{name}.json").read_text()) for name in NAMES]
+    reports = [
+        json.loads((finished.folder / f"saved/studies/{name}.json").read_text(encoding="utf-8")) for name in NAMES
+    ]
     plain = {"optimizer": "adam", "lr": 5e-4, "schedule": "constant", "warmup": 0.0, "augment": "none"}
     plain |= {"label_smoothing": 0.0, "weight_decay": 0.0, "pooling": "cls", "batch_size": 128}
     sizes = {"hidden_size": 64, "num_heads": 4, "num_blocks": 4, "epochs": 1}
@@ -117,7 +119,7 @@ def test_recipes_are_what_they_are_called(finished):
 
 def test_seconds_of_each_validation_are_stored(finished):
     for name in NAMES:
-        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text())
+        report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text(encoding="utf-8"))
         assert len(report["val_seconds"]) == 1
         assert report["val_seconds"][0] == pytest.approx(report["results"]["training_seconds"], abs=0.051)
 
@@ -136,7 +138,7 @@ def test_run_again_it_only_draws(finished, tmp_path, capsys):
     figures = [f"figures/model_comparison_digits_{what}.png" for what in FIGURES]
     for path in figures:
         assert (tmp_path / "copy" / path).read_bytes() == (finished.folder / path).read_bytes()
-    again = json.loads((tmp_path / "copy/figures/model_comparison_digits.json").read_text())
+    again = json.loads((tmp_path / "copy/figures/model_comparison_digits.json").read_text(encoding="utf-8"))
     other = {"provenance": None, "sha256": None}
     assert {**again, **other} == {**finished.study, **other}
 
@@ -189,7 +191,7 @@ def test_an_interrupted_study_goes_on(tmp_path, capfd):
 
     run_study(*flags, tmp_path)
     assert "resuming after epoch" in capfd.readouterr().out
-    report = json.loads(report.read_text())
+    report = json.loads(report.read_text(encoding="utf-8"))
     assert len(report["val_seconds"]) == len(report["metrics"]["val_step"]) == 8
     assert report["val_seconds"] == sorted(report["val_seconds"])
 
@@ -204,7 +206,7 @@ def test_a_training_that_fails_is_named_and_the_rest_is_drawn(finished, tmp_path
     assert stop.value.code == 1
     assert f"not trained: {NAMES[3]}" in captured.err.splitlines()[-1]
     assert f"FAILED {NAMES[3]}: train.py: error: " in captured.out + captured.err
-    study = json.loads((tmp_path / "copy/figures/model_comparison_digits.json").read_text())
+    study = json.loads((tmp_path / "copy/figures/model_comparison_digits.json").read_text(encoding="utf-8"))
     assert "ViT (patch=8), default" in study["missing"] and len(study["rows"]) == 3
 
 
@@ -239,7 +241,7 @@ def made_up(
     }
     path = folder / "saved" / "studies" / f"study_{recipe}_{model}_seed{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(report))
+    path.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
     np.savez(
         path.with_suffix(".npz"), correct=correct, labels=labels, classes=np.array(["cat", "dog", "ship"]), flops=10**7
     )
@@ -248,7 +250,7 @@ def made_up(
 
 def drawn(folder, *flags):
     run_study("--no-train", "--epochs", 3, "--output_dir", folder, *flags)
-    return json.loads((folder / "figures/model_comparison.json").read_text())
+    return json.loads((folder / "figures/model_comparison.json").read_text(encoding="utf-8"))
 
 
 def test_rows_average_seeds_and_keep_the_two_kinds_of_chance_apart(tmp_path):
@@ -265,7 +267,7 @@ def test_rows_average_seeds_and_keep_the_two_kinds_of_chance_apart(tmp_path):
     assert difference["by_seed"] == pytest.approx([0, -0.2, -0.4])
     assert difference["difference"] == pytest.approx(-0.2) and difference["seed_deviation"] == pytest.approx(0.2)
     assert difference["mcnemar_p"][0] == difference["p"] == 1  # right on as many images, only others
-    table = even((tmp_path / "figures/model_comparison.md").read_text())
+    table = even((tmp_path / "figures/model_comparison.md").read_text(encoding="utf-8"))
     assert "| CNN | plain | 3 | 25,578 | 10.0 | 20 | 1.000 | **60.0 %** | 54.4 to 65.4 | 10.00 | 67.0 |" in table
 
 
@@ -278,7 +280,7 @@ def test_identical_models_and_one_that_is_always_wrong(tmp_path):
         same, wrong = drawn(tmp_path)["differences"]
     assert same["difference"] == 0 and same["bca"] == same["percentile"] == [0, 0] and same["p_holm"] == 1
     assert wrong["difference"] == -0.5 and wrong["bca"][1] < -0.4 and wrong["p_holm"] < 1e-30
-    text = (tmp_path / "figures/model_comparison.md").read_text()
+    text = (tmp_path / "figures/model_comparison.md").read_text(encoding="utf-8")
     assert "below the CNN: MLP (-50.0)" in text and "cannot be told apart from the CNN: ViT (patch=4) (+0.0)" in text
 
 
@@ -395,7 +397,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     made_up(tmp_path / "other", "plain", "cnn")
     made_up(tmp_path / "other", "plain", "mlp", images=200)
     (tmp_path / "report").mkdir()
-    made_up(tmp_path / "report", "plain", "cnn").with_suffix(".json").write_text("{}")
+    made_up(tmp_path / "report", "plain", "cnn").with_suffix(".json").write_text("{}", encoding="utf-8")
     for folder, flags, words in (
         ("", ["--only", "resnet"], "only: invalid choice: 'resnet'"),
         ("", ["--jobs", "0"], "jobs must be at least 1"),

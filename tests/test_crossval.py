@@ -46,10 +46,13 @@ def run(*flags):
 def test_folds_are_trained_once_and_averaged(tmp_path, capfd):
     run(*FLAGS, tmp_path)
     out, _ = capfd.readouterr()
-    reports = [json.loads((tmp_path / f"saved/studies/crossval_mlp_digits_fold{k}.json").read_text()) for k in range(3)]
+    reports = [
+        json.loads((tmp_path / f"saved/studies/crossval_mlp_digits_fold{k}.json").read_text(encoding="utf-8"))
+        for k in range(3)
+    ]
     assert [report["config"]["fold"] for report in reports] == ["0/3", "1/3", "2/3"]
     accuracies = [report["results"]["val_accuracy"] for report in reports]
-    summary = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
+    summary = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text(encoding="utf-8"))
     assert summary["val_accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
     assert summary["val_accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert f"{np.mean(accuracies):.2%} ± {100 * np.std(accuracies, ddof=1):.2f}" in out
@@ -61,7 +64,7 @@ def test_folds_are_trained_once_and_averaged(tmp_path, capfd):
     first = last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns
     run(*FLAGS, tmp_path)
     assert last.with_name("crossval_mlp_digits_fold0.pt").stat().st_mtime_ns == first
-    again = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text())
+    again = json.loads((tmp_path / "figures/crossval_mlp_digits.json").read_text(encoding="utf-8"))
     assert again["val_accuracy"] == summary["val_accuracy"]
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:  # what is stored is of another model

@@ -96,7 +96,7 @@ def torchrun(count, script, *args, **options):
 def run(folder, count, runs):
     """Runs, each its arguments and what is to go wrong, in `count` processes: what these printed, and how it ended."""
     script = folder / f"worker_{count}.py"
-    script.write_text(WORKER.format(folder=str(TRAIN.parent)))
+    script.write_text(WORKER.format(folder=str(TRAIN.parent)), encoding="utf-8")
     if count == 1:
         process = start([sys.executable, str(script), json.dumps(runs)])
     else:
@@ -111,7 +111,9 @@ def run(folder, count, runs):
 
 def results(folder):
     """Report and model of the run that wrote into `folder`."""
-    return json.loads((folder / f"saved/{MODEL}.json").read_text()), Model.load(folder / f"saved/{MODEL}.pt")
+    return json.loads((folder / f"saved/{MODEL}.json").read_text(encoding="utf-8")), Model.load(
+        folder / f"saved/{MODEL}.pt"
+    )
 
 
 def curves(report):

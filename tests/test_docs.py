@@ -91,7 +91,7 @@ def test_other_commands_are_those_of_this_project():
     for line in [line for page in PAGES for line in lines_of_shell(page)]:
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
-            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), line
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), line
         elif words[:2] == ["pip", "install"] and words[2] == "-r":
             assert (ROOT / words[3]).exists(), line
         else:
@@ -137,7 +137,7 @@ def copy(tmp_path):
 
 def drive(folder, runs, script=DRIVER):
     command = [sys.executable, "-c", script, json.dumps(runs)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, "\n".join([*re.findall("RUN .*", done.stdout)[-1:], done.stderr[-3000:]])
 
 

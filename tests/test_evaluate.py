@@ -141,7 +141,7 @@ def test_script(tmp_path, digits, run):
             with Image.open(tmp_path / "figures" / f"{name}_{what}.png") as picture:
                 assert picture.width > 400
     for model, name, mean in zip(models, "ab", (digits.mean, changed["mean"]), strict=True):
-        report = json.loads((tmp_path / "figures" / f"{name}_evaluation.json").read_text())
+        report = json.loads((tmp_path / "figures" / f"{name}_evaluation.json").read_text(encoding="utf-8"))
         mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(digits.std).view(1, 3, 1, 1)
         with torch.no_grad():
             logits = model((digits.test.images.float() / 255 - mean) / std)
@@ -215,9 +215,9 @@ def save_models(tmp_path, digits, **metadata):
 def test_ensemble_from_the_command_line(tmp_path, digits, capsys):
     paths = save_models(tmp_path, digits)
     run_main("evaluate.py", *paths, "--ensemble", "--output_dir", tmp_path)
-    report = json.loads((tmp_path / "ensemble_digits.json").read_text())
+    report = json.loads((tmp_path / "ensemble_digits.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in report["members"]] == ["CNN", "FeedForward"]
-    evaluation = json.loads((tmp_path / "ensemble_digits_evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "ensemble_digits_evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["accuracy"] == report["ensemble"]["accuracy"]
     assert f"| ensemble | {evaluation['accuracy']:.2%} |" in capsys.readouterr().out
     for name in ("ensemble_digits.png", "ensemble_digits_calibration.png"):
@@ -246,5 +246,5 @@ def test_flip_on_the_real_images(tmp_path, cifar10, capsys):
     run_main(
         "evaluate.py", "saved/CNN.pt", "--flip", "--output_dir", tmp_path, "--data_dir", data_dir, "--device", "cpu"
     )
-    report = json.loads((tmp_path / "CNN_flip_evaluation.json").read_text())
+    report = json.loads((tmp_path / "CNN_flip_evaluation.json").read_text(encoding="utf-8"))
     assert report["accuracy"] > 0.74 and "mirroring: +" in capsys.readouterr().out

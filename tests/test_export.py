@@ -100,7 +100,7 @@ def test_script(tmp_path, digits, run):
     code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--repeats", 2, "--images", 100)
     assert code == 0 and "| ONNX Runtime | " in out and "100 of 100" in out
 
-    report = json.loads((tmp_path / "figures" / "a_export.json").read_text())
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
     accuracy = (expected_logits(model, digits.test.images).argmax(dim=1) == digits.test.labels).double().mean().item()
     assert report["rows"]["PyTorch"]["accuracy"] == pytest.approx(accuracy) and report["test_images"] == 360
     for row in report["rows"].values():
@@ -155,7 +155,7 @@ def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monke
     path = save(fitted_mlp(digits), tmp_path / "a.pt", digits)
     flags = (path, "--figures_dir", tmp_path / "figures", "--no-latency")
     assert run(*flags)[0] == 0 and (tmp_path / "a.int8.onnx").exists()
-    report = json.loads((tmp_path / "figures" / "a_export.json").read_text())
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
     accuracy = report["rows"]["PyTorch"]["accuracy"]
     assert accuracy > 0.8 and report["rows"]["ONNX Runtime, 8 bits"]["accuracy"] == pytest.approx(accuracy, abs=0.005)
     assert report["8_bits_kept"] and "milliseconds_batch_1" not in report["rows"]["PyTorch"]

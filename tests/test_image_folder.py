@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import run_main
+from helpers import ROOT, run_main, start
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_predict import READABLE, UNREADABLE
@@ -153,7 +153,7 @@ def test_any_format_and_size_is_read_and_the_rest_is_listed_and_left_out(tmp_pat
         hidden.mkdir()
         (hidden / "small.png").write_bytes(READABLE["rgb.png"][0])
     (folder / "any" / "._photo.jpg").write_bytes(b"left by a Mac")
-    (folder / "beside the classes.txt").write_text("does not matter")
+    (folder / "beside the classes.txt").write_text("does not matter", encoding="utf-8")
 
     data = load_data(str(tmp_path / "pets"), img_size=24)
     assert data.classes == ["any", "dog"]
@@ -400,8 +400,8 @@ def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, 
 
     capsys.readouterr()
     run_main("evaluate.py", path, "--output_dir", out / "figures", "--device", "cpu")
-    report = json.loads((out / "saved" / "VisionTransformer_my pets.json").read_text())
-    stored = json.loads((out / "figures" / "VisionTransformer_my pets_evaluation.json").read_text())
+    report = json.loads((out / "saved" / "VisionTransformer_my pets.json").read_text(encoding="utf-8"))
+    stored = json.loads((out / "figures" / "VisionTransformer_my pets_evaluation.json").read_text(encoding="utf-8"))
     assert stored["images"] == len(load_data(str(folder)).test)
     assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
     assert stored["loss"] == pytest.approx(report["results"]["test_loss"], rel=1e-4)
@@ -409,6 +409,31 @@ def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, 
     run_main("predict.py", folder / "train" / "$x_$" / "000.png", "--checkpoint", path, "--output_dir", out / "seen")
     assert "Größe, 50%" in capsys.readouterr().out
     assert (out / "seen" / "000_prediction.png").exists()
+
+
+def test_names_that_the_output_cannot_encode_are_printed_in_ascii(tmp_path):
+    """On Windows, output that goes to a file is in the system's old encoding, which lacks most of the alphabets."""
+    folder, out = tmp_path / "звери", tmp_path / "out"
+    write_pictures(folder / "train", 30, {"кот": (200, 40, 40), "пёс": (40, 200, 200)})
+    (folder / "train" / "кот" / "не картинка.png").write_bytes(b"no picture")
+    flags = "--epochs 1 --num_blocks 1 --hidden_size 8 --num_heads 2 --batch_size 4 --gif_frames 0".split()
+    model = out / "saved" / "VisionTransformer_звери.pt"
+
+    def run(script, *args):
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = start(script, *args, env=environment, encoding="cp1252")
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return printed, errors
+
+    ascii_name = "".join(f"\\u{ord(letter):04x}" for letter in "звери")
+    printed, errors = run("train.py", "--dataset", folder, *flags, "--output_dir", out)
+    assert f"VisionTransformer on {ascii_name}" in printed
+    assert f"skipped: {tmp_path / ascii_name / 'train'}" in errors
+    printed, _ = run("predict.py", folder / "train" / "пёс" / "000.png", "--checkpoint", model, "--output_dir", out)
+    assert printed.startswith(f"{tmp_path / ascii_name / 'train'}") and printed.count("\\u043a\\u043e\\u0442") == 1
+    printed, _ = run("evaluate.py", model, "--output_dir", out)
+    assert ascii_name in printed
 
 
 def test_a_folder_whose_classes_have_changed_is_not_evaluated(trained, monkeypatch, capsys):
@@ -455,7 +480,7 @@ def test_img_size_and_augment_reach_a_run(pets, tmp_path, monkeypatch):
     flags = [*SMALL, "--gif_frames", "0", "--augment", "randaugment+cutmix", "--model", "cnn", "--output_dir", tmp_path]
     with mock.patch.object(Run, "draw_pictures", return_value=[]):
         run_main("train.py", "--dataset", pets, *flags)
-    report = json.loads((tmp_path / "saved" / "CNN_pets.json").read_text())
+    report = json.loads((tmp_path / "saved" / "CNN_pets.json").read_text(encoding="utf-8"))
     assert report["config"]["augment"] == "randaugment+cutmix"
     assert report["config"]["img_size"] == CNN.load(tmp_path / "saved" / "CNN_pets.pt").config["img_size"] == 24
 

@@ -563,13 +563,13 @@ def test_code_in_a_file_does_not_run(tmp_path, trap):
 
 
 def test_a_path_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     for path in (tmp_path / "file" / "model.pt", tmp_path / "file" / "folder" / "model.pt"):
         with pytest.raises(OSError, match="cannot write .*model.pt") as error:
             unusual(CNN).save(path)
         assert ".tmp" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "not a folder"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "not a folder"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -72,7 +72,7 @@ def test_attention_maps_does_without_the_faithfulness_results(copy):
 @pytest.mark.parametrize("paired", [True, False])
 def test_model_comparison_reads_the_study_when_it_is_there(copy, paired):
     rng = np.random.default_rng(0)
-    template = json.loads((ROOT / "saved" / "CNN.json").read_text())
+    template = json.loads((ROOT / "saved" / "CNN.json").read_text(encoding="utf-8"))
     runs = []
     for name, accuracy in (("CNN", 0.7), ("ViT (patch=4)", 0.8), ("ViT (patch=8)", 0.6)):
         for _ in range(2):
@@ -82,7 +82,7 @@ def test_model_comparison_reads_the_study_when_it_is_there(copy, paired):
             runs += [
                 {**template, "name": name, "recipe": r, "results": results} | answers for r in ("plain", "default")
             ]
-    (copy / "figures" / "model_comparison.json").write_text(json.dumps({"runs": runs}))
+    (copy / "figures" / "model_comparison.json").write_text(json.dumps({"runs": runs}), encoding="utf-8")
     text = "\n".join(texts(execute(copy, "model_comparison")))
     assert "6 runs" in text and ("paired bootstrap" in text) == paired
     difference, low, high = map(float, re.search(r"ViT \(patch=4\): (\S+) \((\S+) to (\S+)\)", text).groups())

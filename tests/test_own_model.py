@@ -43,8 +43,8 @@ Number = 3
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "beside.py").write_text("PIXELS = 3072")
-    (tmp_path / "my model.py").write_text(CODE)
+    (tmp_path / "beside.py").write_text("PIXELS = 3072", encoding="utf-8")
+    (tmp_path / "my model.py").write_text(CODE, encoding="utf-8")
     return str(tmp_path / "my model.py")
 
 
@@ -59,9 +59,9 @@ def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     model = f"{file}:MyNet"
     run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, "--freeze", "none")
-    report = json.loads((tmp_path / "saved/MyNet_digits.json").read_text())
+    report = json.loads((tmp_path / "saved/MyNet_digits.json").read_text(encoding="utf-8"))
     run_main("evaluate.py", "saved/MyNet_digits.pt", "--model", model)
-    stored = json.loads((tmp_path / "figures/MyNet_digits_evaluation.json").read_text())
+    stored = json.loads((tmp_path / "figures/MyNet_digits_evaluation.json").read_text(encoding="utf-8"))
     assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
     run_main("explain.py", "--checkpoint", "saved/MyNet_digits.pt", "--model", model, "--rows", 2)
     assert "MyNet does not give its attention weights" in capsys.readouterr().out

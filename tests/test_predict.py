@@ -1,7 +1,9 @@
 """Awkward image files, made here, brought to the model's input or refused in one line."""
 
 import io
+import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -76,10 +78,10 @@ def integers() -> Image.Image:
     return Image.fromarray(values)
 
 
-def floats() -> Image.Image:
-    values = np.full((40, 60), -3.5, np.float32)
-    values[:, 30:] = 12
-    values[0, 0] = np.nan  # which counts as 0
+def floats(somewhere: float = -3.5, low: float = -3.5, high: float = 12) -> Image.Image:
+    values = np.full((40, 60), low, np.float32)
+    values[:, 30:] = high
+    values[0, 0] = somewhere
     return Image.fromarray(values)
 
 
@@ -110,6 +112,7 @@ READABLE = {  # name -> contents, and the colours expected on the left and on th
     "sixteen_bit.pgm": (b"P5 60 40 65535\n" + np.asarray(sixteen_bit()).astype(">u2").tobytes(), (50,) * 3, (210,) * 3),
     "integers.tif": (encode(integers(), "TIFF"), (0,) * 3, WHITE),
     "floats.tif": (encode(floats(), "TIFF"), (0,) * 3, WHITE),
+    "small_floats.tif": (encode(floats(1e-20, 1e-20, 1e-19), "TIFF"), (0,) * 3, WHITE),
     "one_bit.png": (encode(halves().convert("1", dither=Image.Dither.NONE), "PNG"), (0,) * 3, (0,) * 3),
     "exif.png": (rotated_by_exif(6), LEFT, RIGHT),
     "animation.gif": (animation("GIF"), LEFT, RIGHT),
@@ -139,6 +142,9 @@ UNREADABLE = {  # name -> contents, and words of the complaint
     "truncated.jpg": (encode(NOISE, "JPEG")[:1500], "truncated or damaged"),
     "truncated.webp": (encode(NOISE, "WEBP", lossless=True)[:3000], "damaged"),
     "corrupt.png": (encode(NOISE, "PNG")[:60] + b"\xff" * 40 + encode(NOISE, "PNG")[100:], "damaged"),
+    "infinite.tif": (encode(floats(np.inf), "TIFF"), "infinite values or NaN"),
+    "minus_infinite.tif": (encode(floats(-np.inf), "TIFF"), "infinite values or NaN"),
+    "nan.tif": (encode(floats(np.nan), "TIFF"), "infinite values or NaN"),
     "bomb.png": (bomb(), "would unpack to more than 179 megapixels"),
 }
 
@@ -250,6 +256,31 @@ def test_pictures_of_other_vits(tmp_path, model, options):
     assert probabilities.sum() == pytest.approx(1)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 1000
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_the_others(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    names = [f"{'n' * 245}.png", "folder.png", "good.png"]  # with _prediction the first is too long for a file system
+    for name in names:
+        halves().save(tmp_path / name)
+    (tmp_path / "out" / "folder_prediction.png").mkdir(parents=True)
+    code, out, err = run(*(tmp_path / name for name in names), "--checkpoint", tmp_path / "model.pt")
+    assert code == 1 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
+    assert len(err) == 2 and "cannot write" in err[0] and names[0][:-4] in err[0] and "folder" in err[1]
+    assert not any(line.startswith("predict.py: error: [Errno") for line in err)
+    assert (tmp_path / "out" / "good_prediction.png").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_a_name_that_is_not_utf_8(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    for name in (b"\xff.png", b"\xfe.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"no picture" if name == b"\xfe.png" else encode(halves(), "PNG"))
+    files = [tmp_path / os.fsdecode(name) for name in (b"\xff.png", b"\xfe.png")]
+    code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
+    assert code == 1 and len(err) == 1 and "\\udcfe.png is not an image" in err[0]
+    assert out.startswith(f"{tmp_path}/\\udcff.png (60x40)")
+    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"\xff_prediction.png"]  # noqa: PTH208
 
 
 def test_without_images_or_model(tmp_path, run):

@@ -62,7 +62,7 @@ def test_the_plan_by_hand(tmp_path, monkeypatch, capsys):
     flags = ["--only", "plan", "--output_dir", tmp_path, "--machines", 2, "--gpus", 4, "--batch_size", 512]
     flags += ["--peak_tflops", 100, "--utilisation", 0.5, "--network_gigabits_per_second", 80]
     run(*flags, "--images", 5120, "--epochs", 10)
-    plan = json.loads((tmp_path / "scaling.json").read_text())["plan"]
+    plan = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))["plan"]
     parameters = plan["parameters"]
     assert parameters == pytest.approx(22.05e6, rel=0.01)  # ViT-S/16 in DeiT's paper: 22 million
     patches = 196 * 768 * 384  # multiply-adds, forward; backward has twice as many, but none for images' gradients
@@ -79,7 +79,7 @@ def test_the_plan_by_hand(tmp_path, monkeypatch, capsys):
 
 def test_one_gpu_sends_nothing(tmp_path, monkeypatch):
     run("--only", "plan", "--gpus", 1, "--output_dir", tmp_path)
-    plan = json.loads((tmp_path / "scaling.json").read_text())["plan"]
+    plan = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))["plan"]
     assert plan["communication_bytes_per_step"] == plan["communication_seconds_per_step"] == 0
 
 
@@ -99,7 +99,7 @@ def test_throughput_and_memory_in_miniature(tmp_path, monkeypatch):
     )
     run("--only", "throughput", "memory", "--turns", 1, "--output_dir", tmp_path)
     run("--only", "plan", "--output_dir", tmp_path)
-    results = json.loads((tmp_path / "scaling.json").read_text())
+    results = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
     assert [(row["processes"], row["threads"]) for row in results["throughput"]] == [(1, 1), (1, 2), (2, 1)]
     assert all(row["images_per_second"] > 0 for row in results["throughput"])
     assert results["throughput"][2]["all_reduce_seconds"] > 0

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import hashlib
 import http.server
 import io
@@ -333,7 +334,7 @@ def test_files_are_found_by_argument_environment_and_default(cifar, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for name in ("data", "environment", "argument"):
         folder = cifar.write_files(tmp_path / name)
-        (folder / "readme.html").write_text("other files do not matter")
+        (folder / "readme.html").write_text("other files do not matter", encoding="utf-8")
     assert load_data("cifar10").classes == list("abcdefghij")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "environment"))
     (tmp_path / "data" / CIFAR10_FOLDER / "test_batch").write_bytes(b"damaged")
@@ -456,6 +457,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(answer)
         if answer == "hang":
             return server.closing.wait(10)
+        if isinstance(answer, bytes):  # all that is sent, whatever was asked
+            return self.wfile.write(answer)
         content = server.content[::-1] if answer == "wrong" else server.content
         start = 0 if asked is None or answer == "ignore range" else int(asked.removeprefix("bytes=").rstrip("-"))
         if start >= len(content):
@@ -585,6 +588,77 @@ def test_a_stalled_download_goes_on_where_it_stopped(serve, tmp_path):
     assert_nothing_but(tmp_path / "archive")
     assert server.ranges[0] is None
     assert int(server.ranges[1].strip("bytes=-")) > 0
+
+
+def response(*headers, status="200 OK", body=CONTENT):
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("latin-1") + body
+
+
+def chunked(body):
+    return f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "9" * 400, "9" * 5000, "1.5", "²", ""])
+def test_a_length_that_is_none_is_not_believed(serve, tmp_path, length):
+    server = serve(CONTENT, response(f"Content-Length: {length}"))
+    fetch(server, tmp_path / "archive")
+    assert_nothing_but(tmp_path / "archive")
+    assert len(server.ranges) == 1
+
+
+ANSWERS = {  # of a server gone wrong, which may be right the next time -> words of the reason
+    "a length never reached": (response(f"Content-Length: {10**14}"), "broke off|416"),
+    "no status": (b"\x1b[31mgarbage\r\n\r\n", "garbage"),
+    "no number in the status": (response(status="abc OK"), "abc"),
+    "a line too long": (response("X: " + "x" * 70_000), "header line"),
+    "too many headers": (response(*(f"X-{i}: 1" for i in range(200))), "more than 100 headers"),
+    "nothing": (b"", "closed connection"),
+    "compressed": (response("Content-Encoding: gzip", body=gzip.compress(CONTENT)), "md5"),
+    "a part that nobody asked for": (
+        response("Content-Range: bytes 99-299999/300000", status="206 Partial Content", body=CONTENT[99:]), "md5"
+    ),
+    "chunks that are none": (response("Transfer-Encoding: chunked", body=b"xyz\r\n"), "IncompleteRead"),
+    "more than promised": (
+        response("Transfer-Encoding: chunked", "Content-Length: 1000", body=chunked(CONTENT)), "more than 1,000 bytes"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_server_gone_wrong_is_asked_again(serve, tmp_path, name):
+    answer, words = ANSWERS[name]
+    server = serve(CONTENT, answer, "whole", "whole")
+    fetch(server, tmp_path / "archive")
+    assert_nothing_but(tmp_path / "archive")
+    assert len(server.ranges) > 1
+    server = serve(CONTENT, answer)
+    with pytest.raises(DownloadError, match=words) as error:
+        fetch(server, tmp_path / "other", attempts=2)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400 and len(server.ranges) == 2
+
+
+def test_a_body_without_end_does_not_fill_the_disk(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("images.download.MOST", 100_000)
+    with pytest.raises(DownloadError, match="more than 100,000 bytes"):
+        fetch(serve(CONTENT, response()), tmp_path / "archive", attempts=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_ADDRESS = ["nowhere", "http://[::1", "http://127.0.0.1:port/x", "http://127.0.0.1:99999/", "http://\xff..a/", ""]
+
+
+@pytest.mark.parametrize("address", ["file:///etc/x", *NO_ADDRESS[1:]])
+def test_a_redirect_to_no_address_is_one_line(serve, tmp_path, address):
+    server = serve(CONTENT, response(f"Location: {address}", status="302 Found", body=b""))
+    with pytest.raises(DownloadError) as error:
+        fetch(server, tmp_path / "archive")
+    assert str(error.value).isprintable() and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", NO_ADDRESS)
+def test_an_address_that_is_none_is_one_line(tmp_path, address):
+    with pytest.raises(DownloadError, match="could not be downloaded"):
+        download(address, tmp_path / "archive", md5(CONTENT), wait=60)
 
 
 def test_cifar10_is_downloaded_verified_and_unpacked(cifar, serve, tmp_path, monkeypatch):

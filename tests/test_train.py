@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
     assert process.returncode == 0, complaints
     assert [path.name for path in folder.iterdir()] == ["new"]
     return SimpleNamespace(
-        output=output, printed=printed, report=json.loads((output / f"saved/{MODEL}.json").read_text())
+        output=output, printed=printed, report=json.loads((output / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
     )
 
 
@@ -142,7 +142,7 @@ def test_the_test_images_decide_nothing(finished, tmp_path, digits):
     with mock.patch.object(train, "load_data", return_value=dataclasses.replace(digits, test=blank)):
         model = train_small(tmp_path, "--epochs", "2")
     assert same_weights(model, VisionTransformer.load(finished.output / f"saved/{MODEL}.pt"))
-    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())
+    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
     assert report["metrics"] == finished.report["metrics"]
     assert report["results"]["test_accuracy"] != finished.report["results"]["test_accuracy"]
 
@@ -242,7 +242,7 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     parsed = typed(name, value)
     assert model.config.get(name, parsed) == parsed
     (report,) = (tmp_path / "saved").glob("*.json")
-    assert json.loads(report.read_text())["config"][name] == parsed
+    assert json.loads(report.read_text(encoding="utf-8"))["config"][name] == parsed
 
 
 def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
@@ -253,7 +253,7 @@ def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam", "sgd"])
 def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_says_so(tmp_path, plain, name):
     model = train_small(tmp_path, "--optimizer", name)
-    config = json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]
+    config = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))["config"]
     assert {key: config[key] for key in ("lr", "weight_decay")} == train.RATES[name]
     assert same_weights(model, plain) == (name == "muon")
 
@@ -281,7 +281,7 @@ def test_models_without_attention_draw_their_other_pictures(tmp_path):
 
 def test_precision_is_chosen_by_device(tmp_path, plain):
     assert same_weights(train_small(tmp_path, "--precision", "fp32"), plain)  # that of a CPU
-    assert json.loads((tmp_path / f"saved/{MODEL}.json").read_text())["config"]["precision"] == "fp32"
+    assert json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))["config"]["precision"] == "fp32"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -519,7 +519,7 @@ def test_cifar10_that_cannot_be_had_is_refused(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("output_dir", ["file", "file/folder"])
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capfd, output_dir):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with refused(capfd, tmp_path, "cannot write", str(Path(output_dir) / "saved")):
         run_main("train.py", "--dataset", "digits", "--output_dir", output_dir)
 
@@ -619,7 +619,7 @@ def test_resume_continues_to_the_weights_of_an_uninterrupted_run(interrupted, tm
     run_main("train.py", *LONG)
     resumed, whole = (folder / "out" / "saved" / MODEL for folder in (tmp_path, tmp_path / "whole"))
     assert same_weights(*(Model.load(path.with_suffix(".pt")) for path in (resumed, whole)))
-    reports = [json.loads(path.with_suffix(".json").read_text()) for path in (resumed, whole)]
+    reports = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in (resumed, whole)]
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert reports[0]["results"]["test_loss"] == reports[1]["results"]["test_loss"]
     monkeypatch.chdir(tmp_path)

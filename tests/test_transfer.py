@@ -63,8 +63,8 @@ def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, cap
     path = tmp_path / "saved/VisionTransformer_digits_3_1_5.pt"
     assert model.metadata["classes"] == ["3", "1", "5"] and model.config["output_size"] == 3
     run_main("evaluate.py", path, "--output_dir", tmp_path)
-    evaluated = json.loads((tmp_path / f"{path.stem}_evaluation.json").read_text())
-    trained = json.loads(path.with_suffix(".json").read_text())["results"]
+    evaluated = json.loads((tmp_path / f"{path.stem}_evaluation.json").read_text(encoding="utf-8"))
+    trained = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["results"]
     assert evaluated["images"] < 150
     assert evaluated["accuracy"] == pytest.approx(trained["test_accuracy"])
     assert [row["class"] for row in evaluated["classes"]] == ["3", "1", "5"]
@@ -109,13 +109,15 @@ def test_transfer_trains_everything_and_does_not_do_it_again(tmp_path, processes
     assert not same_weights(models["transfer"].blocks, source.blocks)
     assert not same_weights(models["scratch"].blocks, models["transfer"].blocks)
     assert models["scratch"].metadata["mean"] != source.metadata["mean"] == models["transfer"].metadata["mean"]
-    report = json.loads((tmp_path / "figures/transfer_digits.json").read_text())
+    report = json.loads((tmp_path / "figures/transfer_digits.json").read_text(encoding="utf-8"))
     assert [(row["images"], row["start"]) for row in report["table"]] == [
         (images, start) for images in (46, 456) for start in transfer.STARTS
     ]
     for row in report["table"]:
         percent = {46: 10, 456: 100}[row["images"]]
-        stored = json.loads((saved / f"transfer_digits_{row['start']}_{percent}percent_seed0.json").read_text())
+        stored = json.loads(
+            (saved / f"transfer_digits_{row['start']}_{percent}percent_seed0.json").read_text(encoding="utf-8")
+        )
         assert row["accuracy"] == stored["results"]["test_accuracy"]
     with Image.open(tmp_path / "figures/transfer_digits.png") as picture:
         assert picture.width > 1000

@@ -97,7 +97,7 @@ def test_gif_leaves_nothing_but_what_it_should(tmp_path, keep_frames):
 
 def test_gif_spares_a_folder_with_other_files(tmp_path):
     frames = make_frames(tmp_path / "frames", 2)
-    (frames / "notes.txt").write_text("mine")
+    (frames / "notes.txt").write_text("mine", encoding="utf-8")
     utils.write_to_gif(frames, tmp_path / "a.gif")
     assert [file.name for file in frames.iterdir()] == ["notes.txt"]
 

@@ -1,0 +1,115 @@
+"""Characters that the font of figures lacks: drawn by another font, or replaced and said so once."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import utils
+from images.sheets import draw_samples
+from support import figures
+
+NAMES = ["cat", "кот", "Größe, 50 %", "中文"]  # the default font has all but the last
+
+
+@pytest.fixture(autouse=True)
+def fonts(monkeypatch):
+    """Those that come with matplotlib alone, and no figure drawn before; a warning is an error."""
+    bundled = [font for font in font_manager.fontManager.ttflist if "mpl-data" in str(font.fname)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", bundled)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(figures, "_searched", set())
+    monkeypatch.setattr(figures, "_replaced", set())
+    monkeypatch.setattr(figures, "_fallbacks", [])
+    figures._glyphs.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def write_font(path, characters):
+    """A font in which each of the characters is a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square = pen.glyph()
+    glyphs = {ord(character): f"uni{ord(character):04X}" for character in characters}
+    names = [".notdef", *glyphs.values()]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap(glyphs)
+    font.setupGlyf(dict.fromkeys(names, square))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+def attention_figure():
+    weights = torch.full((1, 1, 1, 17, 17), 1 / 17)
+    labels = torch.tensor([3])
+    return utils.visualize_attention_maps(torch.rand(1, 3, 8, 8), weights, classes=NAMES, labels=labels)
+
+
+def sheet_labels(path, names=NAMES):
+    """The classes at the ticks of an axis."""
+    images = torch.zeros(len(names), 3, 8, 8, dtype=torch.uint8)
+    figure = draw_samples(images, torch.arange(len(names)), names, path, 1)
+    return figure.axes[0].yaxis.get_ticklabels()
+
+
+def draw(figure):
+    """The pixels, drawn by a canvas as TensorBoard's writer does."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def test_without_a_font_they_are_replaced_with_one_warning(tmp_path, capsys):
+    figure = attention_figure()
+    figure.savefig(io.BytesIO(), format="png")  # by the caller
+    assert "\\u4e2d\\u6587" in [text.get_text() for text in figure.texts]
+    labels = sheet_labels(tmp_path / "sheet.png")  # by save_figure
+    assert [label.get_text() for label in labels] == [*NAMES[:3], "\\u4e2d\\u6587"]
+    figure = utils.new_figure(300, 60)
+    utils.add_text(figure, 14, 28, "\udcff 一\t丁\nnext")
+    draw(figure)
+    assert figure.texts[0].get_text() == "\\udcff \\u4e00\\t\\u4e01\nnext"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no installed font has 中 文" in line and "install a font" in line and "Noto" in line
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["in matplotlib's list", "installed since that was made"])
+def test_an_installed_font_draws_them(tmp_path, capsys, monkeypatch, listed):
+    path = tmp_path / "squares.ttf"
+    write_font(path, "中文")
+    if listed:
+        font_manager.fontManager.addfont(path)
+    else:
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(path)])
+    figure = attention_figure()
+    (text,) = [text for text in figure.texts if text.get_text() == NAMES[3]]
+    pixels = draw(figure)
+    assert text.get_text() == NAMES[3] and text.get_fontfamily()[-1] == "Squares"
+    assert str(font_manager.findfont(text.get_fontfamily()[-1])) == str(path)
+    box = text.get_window_extent()
+    top, left, right = pixels.shape[0] - int(box.y1), int(box.x0), int(box.x1)
+    assert pixels[top + 6 : top + int(box.height) - 6, left + 4 : right - 4, :3].max() < 60  # two squares: no gap
+    label = sheet_labels(tmp_path / "sheet.png")[3]
+    assert label.get_text() == NAMES[3] and label.get_fontfamily()[-1] == "Squares"
+    assert capsys.readouterr().err == ""
+
+
+def test_fonts_are_not_looked_at_for_plain_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_lacking", None)  # to call it would be an error
+    assert sheet_labels(tmp_path / "sheet.png", ["cat", "dog"])[1].get_text() == "dog"
