@@ -200,9 +200,3 @@ def device_name(name: str) -> str:
     if number < torch.cuda.device_count():
         torch.cuda.set_device(number)
     return f"cuda:{number}"
-
-
-def seed_rank(seed: int, step: int) -> None:
-    """Have processes draw different numbers from here on, for stochastic depth; the first goes on as it would alone."""
-    if rank() > 0:
-        torch.manual_seed(seed + 1_000_003 * (rank() + 1_000_003 * step))
