@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -163,6 +164,8 @@ def test_a_folder_deleted_during_the_run_is_made_again(tmp_path):
 @pytest.mark.parametrize("configuration, kills", [("vit", 3), ("torchrun", 2)])
 def test_a_run_killed_again_and_again_ends_as_the_run_left_alone(tmp_path, configuration, kills):
     """Of two processes, the second is killed first, then torchrun alone."""
+    if configuration == "torchrun" and os.name == "nt":
+        pytest.skip("no process on Windows learns that its parent was killed")
     configuration, epochs = crash_test.CONFIGURATIONS[configuration], 12
     crash_test.run_to_the_end(configuration, tmp_path / "alone", epochs)
     tally = crash_test.crash(configuration, tmp_path / "crashed", epochs, kills, seed=1)
