@@ -33,6 +33,7 @@ NAME = "VisionTransformer_digits"
 SMALL = "--dataset digits --device cpu --batch_size 64 --num_blocks 2 --patch_size 8 --gif_frames 6 --ema 0.99"
 WHILE_WRITING = 0.4  # of the kills
 LONGEST = 1.5  # seconds of training before a kill at a random moment
+TRAINED = 1.1  # seconds of training until a kill, on average, that there have to be epochs for
 KILLED = (-9, 15)  # exit codes; the second on Windows
 PATIENCE = 30  # seconds that processes have to end after a kill
 
@@ -85,12 +86,15 @@ def start(configuration: Configuration, folder: Path, epochs: int, *extra: str) 
 
 def resume(configuration: Configuration, folder: Path, epochs: int) -> subprocess.Popen:
     """Go on with the run, if it has begun, and write a checkpoint after nearly every step."""
-    begun = (folder / "saved" / f"{NAME}.checkpoint").exists()
-    return start(configuration, folder, epochs, "--checkpoint_minutes", "0.001", *(["--resume"] if begun else []))
+    return start(configuration, folder, epochs, "--checkpoint_minutes", "0.001", *resume_flags(folder))
 
 
-def run_to_the_end(configuration: Configuration, folder: Path, epochs: int) -> None:
-    if start(configuration, folder, epochs).wait():
+def resume_flags(folder: Path) -> list[str]:
+    return ["--resume"] if (folder / "saved" / f"{NAME}.checkpoint").exists() else []
+
+
+def run_to_the_end(configuration: Configuration, folder: Path, epochs: int, *extra: str) -> None:
+    if start(configuration, folder, epochs, *extra).wait():
         raise RuntimeError(f"train.py ended before its time: {end_of_log(folder)}")
 
 
@@ -118,8 +122,7 @@ def crash(configuration: Configuration, folder: Path, epochs: int, kills: int, s
             if not kill_once(configuration, epochs, moments, tally):
                 tally.folders.append(folder / str(len(tally.folders) + 1))
             bar.update(tally.met - bar.n)
-    if resume(configuration, tally.folders[-1], epochs).wait():
-        raise RuntimeError(f"train.py ended before its time: {end_of_log(tally.folders[-1])}")
+    run_to_the_end(configuration, tally.folders[-1], epochs, *resume_flags(tally.folders[-1]))
     return tally
 
 
@@ -215,7 +218,7 @@ def prove(configuration: Configuration, kills: int, seed: int) -> tuple[Tally, l
         folder = Path(name)
         resume(configuration, folder / "speed", 10).wait()
         seconds = report(folder / "speed")["results"]["training_seconds"] / 10
-        epochs = 10 + math.ceil(kills * LONGEST / seconds)  # so that there is something left to kill
+        epochs = 10 + math.ceil(kills * TRAINED / seconds)  # so that there is something left to kill
         run_to_the_end(configuration, folder / "alone", epochs)
         tally = crash(configuration, folder / "crashed", epochs, kills, seed)
         found = [what for killed in tally.folders for what in differences(folder / "alone", killed)]
