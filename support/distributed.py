@@ -11,7 +11,11 @@ import datetime
 import itertools
 import os
 import re
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a process that ends is missed at once; this is for one that hangs
 PATIENCE = datetime.timedelta(days=1)  # with one that does something before the others: a download may take long
+GRACE = 15  # seconds that a process whose torchrun was killed has for its last checkpoint
 _store = None  # shared by the processes, before and after anything goes wrong
+_torchrun = None  # its process id, where it keeps the store
 _turns = itertools.count()  # of `main_process_first`
 _apart = False  # whether this process acts as if it were alone, see `apart`
 
@@ -31,13 +37,16 @@ _apart = False  # whether this process acts as if it were alone, see `apart`
 def processes() -> Iterator[None]:
     """Be one of the processes that torchrun's environment describes, and end together with them.
 
-    The first alone prints. If one ends before its time all end: with what was wrong, once, and exit code 1.
+    The first alone prints. If one ends before its time all end: with what was wrong, once, and exit code 1. They also
+    end when torchrun is killed, which then can end them no more.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     global _store
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _end_with_torchrun()
         _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(store=_store, rank=number, world_size=count, timeout=TIMEOUT)
         if number > 0:
@@ -61,6 +70,30 @@ def processes() -> Iterator[None]:
     except BaseException:
         first_to_fail()
         raise
+
+
+def _end_with_torchrun() -> None:
+    """From now on watch torchrun, the parent of this process, which keeps the store. Once it is gone, stop as at a
+    signal; what hangs then ends all the same. (On Windows a process does not see that its parent is gone.)
+
+    Raises:
+        DistNetworkError: it is gone already.
+    """
+
+    def watch() -> None:
+        while os.getppid() == _torchrun:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
+
+    global _torchrun
+    _torchrun = os.getppid()
+    threading.Thread(target=watch, daemon=True).start()
+    try:  # by its store, which rendezvous would try for ten minutes
+        socket.create_connection((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), timeout=GRACE).close()
+    except OSError as error:
+        raise dist.DistNetworkError(f"torchrun does not answer: {error}") from None
 
 
 def rank() -> int:
@@ -98,10 +131,13 @@ def launcher() -> list[str]:
 
 def first_to_fail() -> bool:
     """Whether no other process has called this before: it is the one that says what was wrong."""
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if _store is None or _torchrun not in (None, os.getppid()):
+        return first_here
     try:
-        return _store is None or _store.add("failed", 1) == 1
+        return _store.add("failed", 1) == 1
     except RuntimeError:  # the process that kept the store is gone
-        return True
+        return first_here
 
 
 def all_reduce(number: int, operation: Literal["sum", "max"] = "sum") -> int:
@@ -164,9 +200,3 @@ def device_name(name: str) -> str:
     if number < torch.cuda.device_count():
         torch.cuda.set_device(number)
     return f"cuda:{number}"
-
-
-def seed_rank(seed: int, step: int) -> None:
-    """Have processes draw different numbers from here on, for stochastic depth; the first goes on as it would alone."""
-    if rank() > 0:
-        torch.manual_seed(seed + 1_000_003 * (rank() + 1_000_003 * step))

@@ -260,6 +260,48 @@ def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
     assert "one of 2 processes was killed" in error and "--resume" in error
 
 
+def test_where_torchrun_is_killed_its_processes_end_with_a_checkpoint_and_one_line(tmp_path):
+    process = started(tmp_path)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    psutil.wait_procs(workers, timeout=30)
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    printed, complaints = process.communicate(timeout=60)
+    step = read_file(tmp_path / f"saved/{MODEL}.checkpoint")["runner"]["progress"]["step"]
+    assert printed.count(f"interrupted after step {step};") == 1
+    assert "error" not in complaints.lower() and "Traceback" not in complaints and "frame #" not in complaints
+
+
+def test_processes_whose_torchrun_is_gone_before_they_meet_end_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_torchrun", None)
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**environment, "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    for number, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        with mock.patch("threading.Thread"), pytest.raises(SystemExit, match="1"), distributed.processes():
+            pass
+        assert capsys.readouterr().err.count("torchrun does not answer") == lines
+
+
+def test_a_process_that_hangs_ends_soon_after_torchrun(tmp_path):
+    if os.name == "nt":
+        pytest.skip("sends signals")
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(
+        f"import signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom support import distributed\n"
+        "distributed.GRACE = 2\nsignal.signal(signal.SIGTERM, lambda *_: print('asked to stop', flush=True))\n"
+        "with distributed.processes():\n    print('hangs', flush=True)\n    while True:\n        time.sleep(9)\n"
+    )
+    process = torchrun(2, hangs)
+    assert process.stdout.readline() == "hangs\n"
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    printed, _ = process.communicate(timeout=30)  # which waits for all that could still print
+    assert printed == "asked to stop\n"
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_ctrl_c_stops_all_with_one_checkpoint_and_says_how_to_go_on(tmp_path):
     process = started(tmp_path)
     process.send_signal(signal.SIGINT)

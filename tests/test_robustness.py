@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -160,12 +161,17 @@ def test_a_folder_deleted_during_the_run_is_made_again(tmp_path):
 # -------------------------------------------------------------------------------------------- kills and two at once
 
 
-def test_a_run_killed_three_times_ends_as_the_run_left_alone(tmp_path):
-    epochs, kills = 8, 3
-    crash_test.run_to_the_end(tmp_path / "alone", epochs)
-    met = crash_test.crash(tmp_path / "crashed", epochs, kills, seed=1)
-    assert sum(met.values()) >= 2
-    assert crash_test.differences(tmp_path / "alone", tmp_path / "crashed") == []
+@pytest.mark.parametrize("configuration, kills", [("vit", 3), ("torchrun", 2)])
+def test_a_run_killed_again_and_again_ends_as_the_run_left_alone(tmp_path, configuration, kills):
+    """Of two processes, the second is killed first, then torchrun alone."""
+    if configuration == "torchrun" and os.name == "nt":
+        pytest.skip("no process on Windows learns that its parent was killed")
+    configuration, epochs = crash_test.CONFIGURATIONS[configuration], 12
+    crash_test.run_to_the_end(configuration, tmp_path / "alone", epochs)
+    tally = crash_test.crash(configuration, tmp_path / "crashed", epochs, kills, seed=1)
+    assert (tally.met, tally.left) == (kills, 0) and tally.writing
+    for folder in tally.folders:
+        assert crash_test.differences(tmp_path / "alone", folder) == []
 
 
 def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path):
@@ -233,7 +239,7 @@ def test_weights_that_are_no_longer_finite_end_the_run_even_when_steps_are_skipp
 def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path):
     (tmp_path / "saved").mkdir()
     with FileLock(tmp_path / "saved" / "VisionTransformer_digits.lock"):
-        flags = [*crash_test.FLAGS.split(), "--output_dir", str(tmp_path)]
+        flags = [*crash_test.CONFIGURATIONS["vit"].flags.split(), "--output_dir", str(tmp_path)]
         second = start("train.py", *flags)
         _, errors = second.communicate(timeout=120)
     assert second.returncode == 2 and f"another run named {NAME}" in errors

@@ -3,6 +3,7 @@ frames, TensorBoard. And a compiled model."""
 
 import copy
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -281,6 +282,14 @@ class TensorBoard:
             raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         self.make_writer, self.folder, self.loader, self.classes = SummaryWriter, folder, loader, classes
         self.rate = 0.0  # of the last step
+        threading.excepthook = self._thread_failed  # TensorBoard writes in a thread of its own
+
+    def _thread_failed(self, failure) -> None:
+        """A disk that is full is no traceback of the thread: the writer's next call raises the same error."""
+        if isinstance(failure.exc_value, OSError):
+            failure.exc_value.filename = str(self.folder)
+        else:
+            threading.__excepthook__(failure)
 
     def train_start(self, runner: Runner) -> None:
         if runner.step == 0:

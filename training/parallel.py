@@ -54,6 +54,22 @@ class ParallelRunner(Runner):
         return distributed.all_reduce(self.stop) > 0
 
 
+class OwnNumbers:
+    """Has each process draw other random numbers, for stochastic depth. The first goes on as it would alone; the others
+    begin anew in each step, so that a run taken up draws what it would have drawn.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def step_start(self, runner: Runner) -> None:
+        if rank := distributed.rank():
+            torch.manual_seed(self.seed + 1_000_003 * (rank + 1_000_003 * runner.step))
+
+
 def share_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Have BatchNorm normalise with the images of all processes, as it would in one, in place.
 

@@ -29,7 +29,7 @@ from support.report import provenance, write_json
 from training.callbacks import Clock, EarlyStopping, Frames, ProgressBar, TensorBoard
 from training.checkpoints import Checkpoints
 from training.models import find_model
-from training.parallel import ParallelRunner
+from training.parallel import OwnNumbers, ParallelRunner
 
 
 @dataclass
@@ -132,7 +132,8 @@ class Run:
         """A Runner with clock and progress bar, for as many processes as there are."""
         kind = ParallelRunner if distributed.world_size() > 1 else Runner
         options |= {"device": self.device, "precision": self.config.precision, "verbose": False}
-        return kind(model, optimizer, callbacks=[self.clock, self.progress], **options)
+        callbacks = [OwnNumbers(self.config.seed), self.clock, self.progress]
+        return kind(model, optimizer, callbacks=callbacks, **options)
 
     def callbacks(self, val_loader: Iterable) -> list[object]:
         """Those that write files: the GIF's frames, TensorBoard, and, last, the checkpoint."""
@@ -165,7 +166,6 @@ class Run:
                 self.checkpoints.set_interrupted_run_aside()
                 for path in (self.paths.best, self.paths.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
-        distributed.seed_rank(self.config.seed, runner.step)
         self.stop_on_signals(runner)
         return True
 
