@@ -32,7 +32,7 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -141,40 +141,36 @@ def make_pictures(folder: Path) -> None:
 def damaged(r: random.Random, data: bytes, others: list[Path]) -> tuple[bytes, str]:
     """Bytes that are no longer those of the file, and what was done to them."""
     size = len(data)
-    start, length = r.randrange(size), min(r.choice((1, 4, 64, 1000, 10_000)), size)
-    kind = r.choice("bits bits zeros noise cut longer doubled swapped number number foreign empty text".split())
-    at = f"{kind} at {start} of {size}"
-    changed = bytearray(data)
-    if kind == "bits":
+    (a, b), n = sorted((r.randrange(size), r.randrange(size))), min(r.choice((1, 4, 64, 1000, 10_000)), size)
+    digits = [i for i, byte in enumerate(data) if 48 <= byte < 58] or [a]
+
+    def put(start: int, new: bytes) -> bytes:
+        return data[:start] + new + data[start + len(new) :]
+
+    def flipped() -> bytes:
+        changed = bytearray(data)
         for _ in range(r.choice((1, 1, 3, 20))):
             changed[r.randrange(size)] ^= 1 << r.randrange(8)
-    elif kind in ("zeros", "noise"):
-        changed[start : start + length] = bytes(length) if kind == "zeros" else r.randbytes(length)
-    elif kind == "number":  # a large number, mostly where sizes stand
-        start = r.randrange(min(size, 200))
-        changed[start : start + 4] = r.choice(
-            (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\x32\xc8", b"\xc8\x32\0\0")
-        )
-    elif kind == "cut":
-        del changed[start:]
-    elif kind == "longer":
-        changed += r.randbytes(length)
-    elif kind == "doubled":
-        changed[start:start] = data[start : start + length]
-    elif kind == "swapped":
-        other = r.randrange(size)
-        changed[start : start + length], changed[other : other + length] = (
-            data[other : other + length],
-            data[start : start + length],
-        )
-    elif kind == "foreign":
-        path = r.choice(others)
-        return path.read_bytes(), path.name
-    else:
-        return (
-            b"" if kind == "empty" else r.choice((b"hello\n", b"{}", b"[]", b"null", b"[" * 10**5, b"1" * 5000))
-        ), kind
-    return bytes(changed), at
+        return bytes(changed)
+
+    ways = {
+        "bits": flipped,
+        "zeros": lambda: put(a, bytes(n)),
+        "noise": lambda: put(a, r.randbytes(n)),
+        "digit": lambda: put(r.choice(digits), b"%d" % r.randrange(10)),
+        "number": lambda: put(
+            min(a, r.randrange(200)), r.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x32\xc8", b"\xc8\x32"))
+        ),
+        "cut": lambda: data[:a],
+        "longer": lambda: data + r.randbytes(n),
+        "doubled": lambda: data[: a + n] + data[a:],
+        "swapped": lambda: data[:a] + data[b : b + n] + data[a + n : b] + data[a : a + n] + data[b + n :],
+        "foreign": lambda: r.choice(others).read_bytes(),
+        "empty": lambda: b"",
+        "text": lambda: r.choice((b"hello\n", b"{}", b"[]", b"null", b"[" * 10**5, b"1" * 5000)),
+    }
+    kind = r.choice(["bits", "number", "digit", *ways])
+    return ways[kind](), f"{kind} at {a} of {size}"
 
 
 class Call:
@@ -198,43 +194,26 @@ DEEP = "<nested>"  # stands for a list 5,000 deep
 nan, inf = float("nan"), float("inf")
 PLAIN = [None, True, -1, 0, 1, 2.5, 1e308, inf, nan, 10**30, 20_000, 10**7, "", "x" * 10**5, "a\nb $^", [], {}]
 PLAIN += [[1] * 1000, ["x"], {"a": 1}, [None], [[1, 2], [3]], DEEP]
+# fmt: off
 TENSORS = {
-    "empty": lambda: torch.zeros(0),
-    "scalar": lambda: torch.tensor(1.0),
-    "other shape": lambda: torch.zeros(3, 5, 7),
-    "booleans": lambda: torch.ones(2, dtype=torch.bool),
-    "integers": lambda: torch.arange(8),
-    "complex": lambda: torch.zeros(8, dtype=torch.complex64),
-    "sparse": lambda: torch.eye(8).to_sparse(),
-    "meta": lambda: torch.empty(8, device="meta"),
-    "bfloat16": lambda: torch.ones(8, dtype=torch.bfloat16),
-    "stride 0": lambda: torch.zeros(1).expand(8, 8),
+    "empty": lambda: torch.zeros(0), "scalar": lambda: torch.tensor(1.0), "shape": lambda: torch.zeros(3, 5, 7),
+    "booleans": lambda: torch.ones(2) > 0, "integers": lambda: torch.arange(8), "complex": lambda: torch.zeros(8) * 1j,
+    "meta": lambda: torch.ones(8).to("meta"), "sparse": lambda: torch.eye(8).to_sparse(),
+    "bfloat16": lambda: torch.ones(8).bfloat16(), "stride 0": lambda: torch.zeros(1).expand(8, 8),
 }
 UNSIGNED = {  # of which no checksum is made: some take as long to make as to check
-    "huge stride 0": lambda trap: torch.zeros(1).expand(4 * 10**8),
-    "nested": lambda trap: nested(5000),
-    "shared lists": lambda trap: nested(10, width=10),
-    "trap": Trap,
-    "bytearray": lambda trap: Call(bytearray, 2**31),
-    "range": lambda trap: Call(range, 10**12),
-    "long": lambda trap: 1 << 8 * 10**6,
-    "module": lambda trap: network.TransformerBlock(8, 2),
-    "bytes": lambda trap: b"bytes",
-    "set": lambda trap: {1, 2},
+    "huge stride 0": lambda trap: torch.zeros(1).expand(4 * 10**8), "nested": lambda trap: nested(5000),
+    "shared lists": lambda trap: nested(10, width=10), "trap": Trap, "bytearray": lambda trap: Call(bytearray, 2**31),
+    "range": lambda trap: Call(range, 10**12), "long": lambda trap: 1 << 8 * 10**6, "bytes": lambda trap: b"bytes",
+    "module": lambda trap: network.TransformerBlock(8, 2), "set": lambda trap: {1, 2},
 }
 TWISTS = {
-    "flat": torch.flatten,
-    "one more axis": lambda x: x[None],
-    "none left": lambda x: x.flatten()[:0],
-    "one less": lambda x: x.flatten()[:-1],
-    "twice": lambda x: x.repeat(2),
-    "double": torch.Tensor.double,
-    "long": torch.Tensor.long,
-    "bool": torch.Tensor.bool,
-    "complex": lambda x: x.to(torch.complex64),
-    "nan": lambda x: x.float() * nan,
-    "large": lambda x: x.float() * 1e38,
+    "flat": torch.flatten, "one more axis": lambda x: x[None], "none left": lambda x: x.flatten()[:0],
+    "one less": lambda x: x.flatten()[:-1], "twice": lambda x: x.repeat(2), "double": torch.Tensor.double,
+    "long": torch.Tensor.long, "bool": torch.Tensor.bool, "complex": lambda x: x.to(torch.complex64),
+    "nan": lambda x: x.float() * nan, "large": lambda x: x.float() * 1e38,
 }
+# fmt: on
 SPECIAL = {  # places, with values that may matter there
     "model": {
         "model": ["CNN", "FeedForward", "VisionTransformer", "Model", "OwnModel", "TimmModel"],
@@ -370,39 +349,18 @@ def craft_answers(r: random.Random, source: Path, target: Path, trap: Path) -> t
     with np.load(source) as stored:
         arrays = dict(stored)
     key = r.choice(list(arrays))
-    array = arrays[key]
+    array, objects = arrays.pop(key), np.empty(3, dtype=object)
     if r.random() < 0.02:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (77 * 2**24,)})
         return True, bomb(source, target, f"{key}.npy", header.getvalue())
-    objects = np.empty(3, dtype=object)
     objects[:] = [Trap(trap), None, "x"]
-    others = [
-        objects,
-        np.array([]),
-        np.array(1),
-        np.array("x"),
-        np.array(np.nan),
-        np.zeros(3, complex),
-        array.ravel()[:0],
-    ]
-    others += [
-        array.ravel()[:-1],
-        array[None],
-        np.array([array] * 2),
-        array.astype("U9"),
-        np.zeros(1, "M8[s]"),
-        10**400,
-    ]
-    others += [np.full(array.shape, value) for value in (np.nan, np.inf, -1, 200, 10**18, True)]
-    others += [np.zeros(array.shape, "i4,f8"), np.full(array.shape, b"x"), np.broadcast_to(np.uint8(1), 10**6)]
-    number = r.randrange(len(others) + 2)
-    if number < len(others):
-        arrays[key] = others[number]
-    else:
-        arrays[f"{key}_"] = arrays.pop(key)
-    np.savez(target, **arrays)
-    return True, f"{key} = {np.asarray(arrays.get(key)).dtype} {np.shape(arrays.get(key))}"
+    others = [objects, [], 1, "x", nan, 10**400, array.ravel()[:0], array.ravel()[:-1], array[None], [array] * 2]
+    others += [array.astype("U9"), np.zeros(3, complex), np.zeros(1, "M8[s]"), np.broadcast_to(np.uint8(1), 10**6)]
+    others += [np.full(array.shape, value) for value in (nan, inf, -1, 200, 10**18, True, b"x")]
+    changed = np.asarray(r.choice(others))
+    np.savez(target, **arrays, **{r.choice((key, key, key, "new")): changed})
+    return True, f"{key} = {changed.dtype} {changed.shape}"
 
 
 def craft_picture(r: random.Random, source: Path, target: Path, trap: Path) -> tuple[bool, str]:
@@ -490,57 +448,51 @@ def call_study(path: Path, folder: Path) -> None:
         run_main(module, "--no_train", "--dataset", "digits", "--epochs", 1, "--output_dir", folder)
 
 
-class Family:
-    """Files of one kind.
-
-    Args:
-        where: the folder that a damaged file lies in, below that of its case.
-        files: the whole ones in the root of all, as a pattern.
-        craft: makes a file with other contents.
-        calls: what a file is given to, with the folder of its case.
-    """
-
-    def __init__(self, where: str, files: str, craft: Callable, *calls: Callable):
-        self.where, self.files, self.craft, self.calls = where, files, craft, calls
+class Family(NamedTuple):
+    where: str  # a damaged file lies, in the folder of its case
+    files: str  # the whole ones below the folder of all, as a pattern
+    craft: Callable  # makes a file with other contents
+    calls: list[Callable]  # what a file is given to, with the folder of its case
 
 
+def call_start(path: Path, folder: Path) -> None:
+    call_train(path, folder, "--epochs", 1, "--init_from", path)
+
+
+def call_resume(path: Path, folder: Path) -> None:
+    call_train(path, folder, "--epochs", 2, "--resume")
+
+
+def call_read_report(path: Path, folder: Path) -> None:
+    runs.read_report(path.stem, study_in(folder))
+
+
+def call_load_runs(path: Path, folder: Path) -> None:
+    compare.load_runs(study_in(folder))
+
+
+def call_read_image(path: Path, folder: Path) -> None:
+    to_array(read_image(path), 32)
+
+
+def call_predict_picture(path: Path, folder: Path) -> None:
+    call_predict(folder / "vit.pt", folder, path)
+
+
+def call_cifar(path: Path, folder: Path) -> None:
+    setup_cifar.load_data("cifar10", folder)
+
+
+IN_STUDY = "saved/studies"
+ON_MODEL = [*[call_predict] * 3, call_drawing, call_test_images, call_start]
+ON_PICTURE = [*[call_read_image] * 3, call_predict_picture, call_folder]
 FAMILIES = {
-    "model": Family(
-        ".",
-        "model/*",
-        craft_tensors,
-        *[call_predict] * 3,
-        call_drawing,
-        call_test_images,
-        lambda path, folder: call_train(path, folder, "--epochs", 1, "--init_from", path),
-    ),
-    "checkpoint": Family(
-        "saved", "checkpoint/*", craft_tensors, lambda path, folder: call_train(path, folder, "--epochs", 2, "--resume")
-    ),
-    "report": Family(
-        "saved/studies",
-        "study/saved/studies/*.json",
-        craft_report,
-        lambda path, folder: runs.read_report(path.stem, study_in(folder)),
-        call_study,
-    ),
-    "answers": Family(
-        "saved/studies",
-        "study/saved/studies/*.npz",
-        craft_answers,
-        lambda path, folder: compare.load_runs(study_in(folder)),
-    ),
-    "picture": Family(
-        ".",
-        "picture/*",
-        craft_picture,
-        *[lambda path, folder: to_array(read_image(path), 32)] * 3,
-        lambda path, folder: call_predict(folder / "vit.pt", folder, path),
-        call_folder,
-    ),
-    "cifar": Family(
-        "cifar-10-batches-py", "cifar/*", craft_cifar, lambda _, folder: setup_cifar.load_data("cifar10", folder)
-    ),
+    "model": Family(".", "model/*", craft_tensors, ON_MODEL),
+    "checkpoint": Family("saved", "checkpoint/*", craft_tensors, [call_resume]),
+    "report": Family(IN_STUDY, f"study/{IN_STUDY}/*.json", craft_report, [call_read_report, call_study]),
+    "answers": Family(IN_STUDY, f"study/{IN_STUDY}/*.npz", craft_answers, [call_load_runs]),
+    "picture": Family(".", "picture/*", craft_picture, ON_PICTURE),
+    "cifar": Family("cifar-10-batches-py", "cifar/*", craft_cifar, [call_cifar]),
 }
 
 
@@ -593,15 +545,9 @@ def limit(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def prepare(r: random.Random, family: str, source: Path, target: Path, root: Path) -> None:
+def craft(r: random.Random, family: str, source: Path, target: Path) -> None:
     """Make the file of a case at `target`, and say in facts.json what was done."""
-    if r.random() < 0.45:
-        others = [path for path in sorted(root.glob("*/*.*")) if path.parent != source.parent]
-        data, done = damaged(r, source.read_bytes(), others)
-        target.write_bytes(data)
-        signed = family == "picture"
-    else:
-        signed, done = FAMILIES[family].craft(r, source, target, Path("sprung").absolute())
+    signed, done = FAMILIES[family].craft(r, source, target, Path("sprung").absolute())
     Path("facts.json").write_text(json.dumps({"signed": signed, "done": done}))
 
 
@@ -674,11 +620,17 @@ class Result:
                 for file in setup_cifar.CIFAR["cifar10"].files:
                     (target.parent / file).touch()
             shutil.copy(root / "model" / "vit.pt", folder / "vit.pt")
-            in_child(lambda: prepare(r, family, source, target, root), folder)
-            if not (folder / "facts.json").exists():
-                self.outcome, self.error = "not made", (folder / "stderr").read_text().splitlines()[-1]
-                return
-            self.facts = json.loads((folder / "facts.json").read_text())
+            if r.random() < 0.45:
+                others = [path for path in sorted(root.glob("*/*.*")) if path.parent != source.parent]
+                data, done = damaged(r, source.read_bytes(), others)
+                target.write_bytes(data)
+                self.facts = {"signed": family == "picture", "done": done}
+            else:
+                in_child(lambda: craft(r, family, source, target), folder)
+                if not (folder / "facts.json").exists():
+                    self.outcome, self.error = "not made", (folder / "stderr").read_text().splitlines()[-1]
+                    return
+                self.facts = json.loads((folder / "facts.json").read_text())
             before = memory_now()
             status, most = in_child(lambda: use(call, source, target, self.facts["signed"]), folder)
             self.judge(folder, status, most - before)
@@ -708,8 +660,8 @@ class Result:
 
 def without_bars(text: str) -> str:
     """What stays on the screen of progress bars and lines."""
-    lines = (line.rpartition("\r")[2].rstrip() for line in text.split("\n"))
-    return "\n".join(line for line in lines if line and not re.search(r"\| *\d+/\d+ \[", line))
+    text = re.sub(r"[^\r\n]*\| *\d+/\d+ \[[^]\r\n]*\]", "", text)
+    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n") if line.rpartition("\r")[2].strip())
 
 
 def use_little_data() -> None:
@@ -771,7 +723,7 @@ def main() -> None:
         use_little_data()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             make_whole_files(root)
-            gc.collect()  # the progress bars of runs that were stopped
+            gc.collect()  # what stopped runs left
         if args.only:
             family, number = args.only.split(":")
             result = Result(family, args.seed, int(number), root, show=True)
