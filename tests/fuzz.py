@@ -569,8 +569,11 @@ def use(call: Callable, source: Path, target: Path, signed: bool) -> None:
             f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(problem.__traceback__)
         ]
         where = innermost(reversed(frames))
-    if outcome == "accepted" and not signed and not same(contents(copy), contents(source)):
-        outcome = "silent"
+    if outcome == "accepted" and not signed:
+        try:
+            outcome = outcome if same(contents(copy), contents(source)) else "silent"
+        except Exception:  # whoever took this file does not check what other readers check
+            outcome = "silent"
     Path("outcome.json").write_text(json.dumps([outcome, error, where]))
 
 
