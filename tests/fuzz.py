@@ -733,8 +733,9 @@ def main() -> None:
             print(json.dumps(vars(result), indent=1))
             raise SystemExit(result.outcome in FAULTS)
         end = time.monotonic() + 60 * args.minutes
-        last = args.cases or (100 if args.minutes == float("inf") else 10**9)
-        for number, family in itertools.product(range(last), args.families):
+        unlimited = args.cases is None and args.minutes < float("inf")
+        numbers = itertools.count() if unlimited else range(100 if args.cases is None else args.cases)
+        for number, family in ((number, family) for number in numbers for family in args.families):
             if time.monotonic() > end:
                 break
             result = Result(family, args.seed, number, root)
