@@ -60,7 +60,8 @@ def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -
         splits[name] = read_split(folder / name, classes, side)
     for name, fraction, draw in (("test", TEST_FRACTION, "test"), ("val", val_fraction, f"val {split_seed}")):
         if name not in splits:
-            held = torch.tensor([position(identity, draw) < fraction for identity in splits["train"].ids.tolist()])
+            held = [position(identity, draw) < fraction for identity in splits["train"].ids.tolist()]
+            held = torch.tensor(held, dtype=torch.bool)
             splits["train"], splits[name] = splits["train"].subset(~held), splits["train"].subset(held)
     splits["val"] = without(splits["val"], [splits["train"]], folder / "val")
     splits["test"] = without(splits["test"], [splits["train"], splits["val"]], folder / "test")
