@@ -163,10 +163,11 @@ def read_answers(path: Path) -> dict[str, np.ndarray]:
         correct, labels, classes = (answers[key] for key in ("correct", "labels", "classes"))
         whole = (
             (found is None or str(found) == checksum(answers))
-            and (correct.dtype, labels.dtype.kind, classes.dtype.kind) == (bool, "u", "U")
+            and correct.dtype == bool
+            and labels.dtype.kind + classes.dtype.kind in ("uU", "iU")
             and (correct.shape, classes.ndim, answers["flops"].shape) == (labels.shape, 1, ())
             and (labels.ndim, answers["flops"].dtype.kind) == (1, "i")
-            and 0 <= labels.max() < len(classes)
+            and 0 <= labels.min() <= labels.max() < len(classes)
         )
     except Exception:  # whatever a damaged file does to the reader
         whole = False

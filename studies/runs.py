@@ -176,7 +176,7 @@ def read_report(name: str, options: StudyOptions) -> dict:
         schema.check(report, schema.REPORT)
         lengths = {len(report["metrics"][f"val_{what}"]) for what in ("loss", "accuracy", "step")}
         if lengths != {len(report["val_seconds"])} or 0 in lengths:
-            raise ValueError("metrics of different lengths, or none")
+            raise ValueError("metrics.val_loss, its like and val_seconds are empty or of different lengths")
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used: {error}; delete it and train again") from None
     return report

@@ -406,7 +406,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         ("", ["--epochs", "20"], "was trained for 3 epochs, not 20"),
         ("none", [], "no run of the study on cifar10 is stored"),
         ("broken", [], "npz is damaged: delete it"),
-        ("report", [], "json is damaged: delete it"),
+        ("report", [], "results is missing; delete it"),
         ("other", [], "was tested on other images"),
     ):
         with pytest.raises(SystemExit) as stop:

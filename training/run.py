@@ -111,7 +111,9 @@ class Run:
     def describe(self, model: Model, data: Dataset) -> None:
         """Say what is trained on what, and name the files after it; nothing is written yet."""
         config, self.data = self.config, data
-        distributed.require_same("hyperparameters and images", f"{self.hyperparameters} {data.name} {len(data.train)}")
+        distributed.require_same(
+            "hyperparameters and images", f"{self.hyperparameters} {data.name} {data.fingerprints}"
+        )
         names = data.classes if config.classes else []
         chosen = names if len(names) <= 4 else [f"{len(names)}classes"]
         suffix = ("" if data.name == "cifar10" else f"_{data.name}") + "".join(f"_{name}" for name in chosen)
