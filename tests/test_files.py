@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, outcome, run_main, train_small
+from helpers import MODEL, ROOT, SMALL, outcome, run_main, train_small
 from PIL import Image
 
 from evaluate import per_class
