@@ -174,6 +174,8 @@ def read_report(name: str, options: StudyOptions) -> dict:
     try:
         report = read_json(path)
         schema.check(report, schema.REPORT)
+        if Path(report["config"].get("name") or name).name != Path(name).name:
+            raise ValueError("it is the report of another run")
         lengths = {len(report["metrics"][f"val_{what}"]) for what in ("loss", "accuracy", "step")}
         if lengths != {len(report["val_seconds"])} or 0 in lengths:
             raise ValueError("metrics.val_loss, its like and val_seconds are empty or of different lengths")

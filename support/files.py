@@ -99,6 +99,17 @@ def require_plain_archive(file: BinaryIO) -> None:
                         raise ValueError(f"calls {argument}")
 
 
+def require_reasonable_size(path: str | Path) -> None:
+    """
+    Raises:
+        ValueError: an archive that would unpack to much more than weights do.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 20 * Path(path).stat().st_size:
+                raise ValueError(f"{path} would unpack to more than twenty times its size: it holds no weights")
+
+
 def _require_plain_values(contents: Any, size: int) -> None:
     """
     Raises:

@@ -52,6 +52,7 @@ POSITIVE = Kind("a finite number above 0", lambda value: is_finite(value) and va
 NOT_NEGATIVE = Kind("a finite number, at least 0", lambda value: is_finite(value) and value >= 0)
 FRACTION = Kind("a number from 0 to 1", lambda value: is_finite(value) and 0 <= value <= 1)
 TENSOR = Kind("a tensor", lambda value: isinstance(value, torch.Tensor))
+PLAIN = Kind("a plain value", lambda value: not isinstance(value, torch.Tensor))
 ANYTHING = Kind("anything", lambda value: True)
 CLASSES = Kind(
     "a list of two or more names, all different",
@@ -79,7 +80,7 @@ OPTIONAL = object()  # the key in a table that says so
 
 MODEL = {  # saved/<name>.pt, by Model.save
     "model": TEXT,
-    "config": {...: ANYTHING},
+    "config": {...: PLAIN},
     "weights": {...: TENSOR},
     "metadata": {...: ANYTHING},
 }
@@ -98,7 +99,7 @@ METRICS = {f"{part}_{what}": kind for part in ("train", "val") for what, kind in
            (("loss", NOT_NEGATIVE), ("accuracy", FRACTION), ("step", COUNT))}  # fmt: skip
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     {
-        "config": {"optimizer": TEXT, "batch_size": SIZE},
+        "config": {"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN},
         "results": maybe(Kind("results", lambda value: fits(value, RESULTS))),
         "runner": {
             "model": {...: TENSOR},

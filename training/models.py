@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from images.augment import import_torchvision
 from network import MODELS
 from support import cli, schema
-from support.files import CheckpointError
+from support.files import CheckpointError, require_reasonable_size
 from support.model import Model, first_reason, no_larger_than, read_model
 
 
@@ -295,6 +295,8 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
     name = model.config["name"]
     if path is not None and not Path(path).is_file():
         raise ValueError(f"the weights of {name} are not available from {path}: there is no such file")
+    if path is not None:
+        require_reasonable_size(path)
     overlay = None if path is None else {"file": path, "custom_load": Path(path).suffix == ".npz"}
     source = path or "the network"
     print(f"weights of {name} from {source}" + ("" if path else " or timm's cache (without either, a minute's wait)"))
