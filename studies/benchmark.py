@@ -325,19 +325,6 @@ def run_contender(config: Config, contender: str, seed: int) -> list[dict]:
     return results["history"]
 
 
-def read_history(path: Path) -> list[dict]:
-    """
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        stored = read_json(path)
-        schema.check(stored, schema.HISTORY)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}; delete it and run again") from None
-    return stored["history"]
-
-
 def time_to_accuracy(config: Config) -> dict:
     """Run what is missing, two contenders in turns; then compare medians."""
     reached, table = {"reference": [], "quick": []}, []
@@ -345,7 +332,10 @@ def time_to_accuracy(config: Config) -> dict:
     for seed in range(config.seeds):
         for contender, rows in reached.items():
             path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
-            history = read_history(path) if path.exists() else run_contender(config, contender, seed)
+            if path.exists():
+                history = read_json(path, schema.HISTORY, "; delete it and run again")["history"]
+            else:
+                history = run_contender(config, contender, seed)
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
             rows.append(row)
             table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})

@@ -171,17 +171,16 @@ def read_report(name: str, options: StudyOptions) -> dict:
         CheckpointError: it is damaged.
     """
     path = options.saved / f"{name}.json"
-    try:
-        report = read_json(path)
-        schema.check(report, schema.REPORT)
-        if Path(report["config"].get("name") or name).name != Path(name).name:
-            raise ValueError("it is the report of another run")
-        lengths = {len(report["metrics"][f"val_{what}"]) for what in ("loss", "accuracy", "step")}
-        if lengths != {len(report["val_seconds"])} or 0 in lengths:
-            raise ValueError("metrics.val_loss, its like and val_seconds are empty or of different lengths")
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}; delete it and train again") from None
-    return report
+    advice = "; delete it and train again"
+    report = read_json(path, schema.REPORT, advice)
+    lengths = {len(report["metrics"][f"val_{what}"]) for what in ("loss", "accuracy", "step")}
+    if lengths != {len(report["val_seconds"])} or 0 in lengths:
+        wrong = "metrics.val_loss, its like and val_seconds are empty or of different lengths"
+    elif Path(report["config"].get("name") or name).name != Path(name).name:
+        wrong = "it is the report of another run"
+    else:
+        return report
+    raise CheckpointError(f"{path} cannot be used: {wrong}{advice}")
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -64,11 +64,8 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         check(config)
         path = Path(config.output_dir) / "scaling.json"
-        try:
-            results = read_json(path) if path.exists() else {"provenance": {}}  # what is not measured now stays
-            schema.check(results, schema.SCALING)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be used: {error}; delete it and measure again") from None
+        stored = path.exists()  # what is not measured now stays
+        results = read_json(path, schema.SCALING, "; delete it and measure again") if stored else {"provenance": {}}
         measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}
         for part in config.only:
             results[part] = measures[part](config)

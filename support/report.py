@@ -7,12 +7,13 @@ import math
 import os
 import platform
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from support import cli, distributed
+from support import cli, distributed, schema
 from support.files import CheckpointError, write_bytes
 
 
@@ -25,26 +26,31 @@ def write_json(path: str | Path, contents: dict) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path, table: dict | None = None, advice: str = "") -> dict:
     """What `write_json` wrote. Files of earlier versions have no checksum.
 
+    Args:
+        table: of support/schema.py, what has to be in the file.
+        advice: what to do about a file that cannot be used.
+
     Raises:
-        CheckpointError: missing, not JSON, or altered.
+        CheckpointError: missing, not JSON, altered, or not what the table says.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        contents = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        found = contents.pop("sha256", None)
+        if found is not None and found != checksum(contents):
+            raise CheckpointError(f"{path} is damaged: its contents do not match its checksum{advice}")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} is damaged: it is not text") from None
-    try:
-        contents = json.loads(text, parse_constant=_refuse)
-        found = contents.pop("sha256", None)
-        intact = found is None or found == checksum(contents)
+    except CheckpointError:
+        raise
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged or cut short: it is not JSON of this project") from None
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+        raise CheckpointError(f"{path} is damaged or cut short: it is not JSON of this project{advice}") from None
+    try:
+        schema.check(contents, table or {})
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}{advice}") from None
     return contents
 
 
@@ -68,7 +74,7 @@ def _finite(value: Any) -> Any:
 def provenance() -> dict:
     """What a stored figure came from: command, date, versions and machine."""
     return {
-        "command": " ".join(["python", *cli.command()]),
+        "command": shlex.join(["python", *cli.command()]),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -60,12 +60,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name if name != "auto" else "bf16" if has_bf16 else "fp32"
 
 
-def require_threads(threads: int) -> int:
-    if not 1 <= threads <= 1024:
-        raise ValueError(f"threads {threads} must be at least 1, and at most the cores of this machine make it faster")
-    return threads
-
-
 class Run:
     """One run of train.py, from `with Run(config) as run:` to its report.
 
@@ -86,7 +80,9 @@ class Run:
             self.device = choose_device(distributed.device_name(self.config.device))
             self.config.precision = choose_precision(self.config.precision, self.device)
             if self.config.threads is not None:
-                torch.set_num_threads(require_threads(self.config.threads))
+                if not 1 <= self.config.threads <= 1024:
+                    raise ValueError(f"threads {self.config.threads} must be from 1 to 1024")
+                torch.set_num_threads(self.config.threads)
             self.share = {"rank": distributed.rank(), "world_size": distributed.world_size()}  # of each batch
             self.first = distributed.rank() == 0  # of several processes it alone writes
             self._contexts = contexts.pop_all()
