@@ -160,8 +160,11 @@ def to_rgb(image: Image.Image, limits: tuple[float, float] | None = None) -> Ima
     limits = limits or value_range(image)
     if limits is not None:
         low, high = limits
-        values = (np.asarray(image, dtype=np.float64) - low) / ((high - low) or 1)
-        return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        greys = (255 * ((values - low) / ((high - low) or 1))).round().astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):  # a 16-bit PNG may have one such value
+            greys[values == transparent] = 255
+        return Image.fromarray(greys).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
