@@ -1,6 +1,6 @@
 """Pictures from files: any size and format brought to RGB, and to the squares that a model sees.
 
-A large picture is made smaller while it is read, piece by piece, so that reading takes less than a gigabyte.
+A large picture is made smaller while it is read, piece by piece, so that reading takes less than 1 GiB of memory.
 """
 
 import math
