@@ -1,6 +1,6 @@
 """Pictures from files: any size and format brought to RGB, and to the squares that a model sees.
 
-A large picture is made smaller while it is read, piece by piece, so that reading takes less than a gigabyte.
+A large picture is made smaller while it is read, piece by piece, so that reading takes less than 1 GiB of memory.
 """
 
 import math
@@ -47,6 +47,8 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # Pillow warns of large pictures, and of oddities that it can read
             with Image.open(file) as image:
+                if image.format == "EPS":  # a program, which Pillow has Ghostscript run
+                    raise ImageError("is an EPS file, a program that draws: save it as a PNG")
                 return _upright_rgb(image)
     except ImageError as error:
         raise ImageError(f"{path} {error}") from None
@@ -160,8 +162,11 @@ def to_rgb(image: Image.Image, limits: tuple[float, float] | None = None) -> Ima
     limits = limits or value_range(image)
     if limits is not None:
         low, high = limits
-        values = (np.asarray(image, dtype=np.float64) - low) / ((high - low) or 1)
-        return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        greys = (255 * ((values - low) / ((high - low) or 1))).round().astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):  # a 16-bit PNG may have one such value
+            greys[values == transparent] = 255
+        return Image.fromarray(greys).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")

@@ -60,6 +60,10 @@ def sixteen_bit() -> Image.Image:
     return Image.fromarray(values)
 
 
+def broken_exif(exif: bytes) -> bytes:
+    return encode(halves(), "PNG", exif=b"Exif\0\0" + exif)
+
+
 def big_endian() -> bytes:
     """A TIFF written by hand: Pillow's own conversion to that mode clips."""
     data = np.asarray(sixteen_bit()).astype(">u2").tobytes()
@@ -108,12 +112,15 @@ READABLE = {  # name -> contents, and the colours expected on the left and on th
     "cmyk.jpg": (encode(halves().convert("CMYK"), "JPEG", quality=98), LEFT, RIGHT),
     "cmyk.tif": (encode(halves().convert("CMYK"), "TIFF"), LEFT, RIGHT),
     "sixteen_bit.png": (encode(sixteen_bit(), "PNG"), (50,) * 3, (210,) * 3),
+    "sixteen_bit_transparent.png": (encode(sixteen_bit(), "PNG", transparency=257 * 210), (50,) * 3, WHITE),
     "big_endian.tif": (big_endian(), (50,) * 3, (210,) * 3),
     "sixteen_bit.pgm": (b"P5 60 40 65535\n" + np.asarray(sixteen_bit()).astype(">u2").tobytes(), (50,) * 3, (210,) * 3),
     "integers.tif": (encode(integers(), "TIFF"), (0,) * 3, WHITE),
     "floats.tif": (encode(floats(), "TIFF"), (0,) * 3, WHITE),
     "small_floats.tif": (encode(floats(1e-20, 1e-20, 1e-19), "TIFF"), (0,) * 3, WHITE),
     "one_bit.png": (encode(halves().convert("1", dither=Image.Dither.NONE), "PNG"), (0,) * 3, (0,) * 3),
+    "garbage_for_exif.png": (broken_exif(b"garbage"), LEFT, RIGHT),
+    "truncated_exif.png": (broken_exif(b"II*\0"), LEFT, RIGHT),
     "exif.png": (rotated_by_exif(6), LEFT, RIGHT),
     "animation.gif": (animation("GIF"), LEFT, RIGHT),
     "animation.webp": (animation("WEBP"), LEFT, RIGHT),

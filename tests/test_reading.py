@@ -143,3 +143,9 @@ def test_a_large_picture_takes_less_than_a_gigabyte(tmp_path):
     kilobytes, *rest = map(int, done.stdout.split())
     assert kilobytes < 1 << 20
     assert rest == [2217, 2217, side, side, 99, 99, 99]
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.eps")
+    with pytest.raises(ImageError, match="is an EPS file"):
+        read_image(tmp_path / "drawing.eps")
