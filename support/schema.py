@@ -117,7 +117,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
 )
 REPORT = {  # saved/<name>.json, by training/run.py
     "results": RESULTS,
-    "config": {"epochs": SIZE, "seed": COUNT},
+    "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
     "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
     "metrics": optional(
         {name: [kind] for name, kind in METRICS.items() if name.startswith("val")},

@@ -276,6 +276,8 @@ def stored(tmp_path_factory):
         ("results.parameters", 1.5),
         ("config.epochs", "20"),
         ("config.seed", True),
+        ("config.name", 3),
+        ("config.name", "studies/another"),
         ("metrics.val_loss", []),
         ("metrics.val_loss", [None]),
         ("metrics.val_accuracy", {"0": 1.0}),
@@ -289,7 +291,9 @@ def test_a_report_that_holds_something_else_is_one_line(stored, key, value):
     part, _, name = key.partition(".")
     changed = {**report, part: {**report[part], name: value} if name else value}
     write_json(options.saved / "run.json", changed)
-    with pytest.raises(CheckpointError, match=f"run.json cannot be used: .*{name or part}.*delete it") as error:
+    with pytest.raises(
+        CheckpointError, match=f"run.json cannot be used: .*({name or part}|another run).*delete it"
+    ) as error:
         runs.read_report("run", options)
     assert "\n" not in str(error.value)
 
