@@ -91,12 +91,12 @@ METADATA = optional({"dataset": TEXT, "classes": CLASSES, **NORMALISATION}, **OR
 RESULTS = {
     "parameters": COUNT,
     "val_accuracy": FRACTION,
-    "test_loss": NOT_NEGATIVE,
+    "test_loss": NUMBER,
     "test_accuracy": FRACTION,
     "training_seconds": NOT_NEGATIVE,
 }
-METRICS = {f"{part}_{what}": kind for part in ("train", "val") for what, kind in
-           (("loss", NOT_NEGATIVE), ("accuracy", FRACTION), ("step", COUNT))}  # fmt: skip
+MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
+METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     {
         "config": {"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN},
@@ -106,7 +106,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
             "optimizer": {...: ANYTHING},  # compared with the optimiser's own state, see training/checkpoints.py
             "scaler": {...: NUMBER},
             "callbacks": {...: {...: ANYTHING}},
-            "metrics": {name: numbers() for name in METRICS},
+            "metrics": {name: numbers() for names in METRICS.values() for name in names},
             "progress": {"epoch": COUNT, "batch": COUNT, "step": COUNT, "skipped": COUNT},
             "totals": numbers(),
             "random_state": numbers(torch.uint8),
@@ -119,13 +119,9 @@ REPORT = {  # saved/<name>.json, by training/run.py
     "results": RESULTS,
     "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
     "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
-    "metrics": optional(
-        {name: [kind] for name, kind in METRICS.items() if name.startswith("val")},
-        **{name: [kind] for name, kind in METRICS.items() if name.startswith("train")},
-    ),
+    "metrics": optional(METRICS["val"], **METRICS["train"]),
     "val_seconds": [NOT_NEGATIVE],
 }
-
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
     "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
 }
