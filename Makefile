@@ -17,6 +17,9 @@ test: $(VENV)/requirements-dev.installed
 crash-test: $(VENV)/requirements-dev.installed
 	$(BIN)/python -m tests.crash_test $(ARGS)
 
+fuzz: $(VENV)/requirements-dev.installed
+	$(BIN)/python -m tests.fuzz --minutes 10 $(ARGS)
+
 format: $(VENV)/requirements-dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -30,4 +33,4 @@ $(VENV)/%.installed: %.txt requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 
-.PHONY: train test crash-test format clean
+.PHONY: train test crash-test fuzz format clean
