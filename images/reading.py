@@ -3,8 +3,10 @@
 A large picture is made smaller while it is read, piece by piece, so that reading takes less than 1 GiB of memory.
 """
 
+import contextlib
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +51,8 @@ def read_image(path: str | Path) -> Image.Image:
             with Image.open(file) as image:
                 if image.format == "EPS":  # a program, which Pillow has Ghostscript run
                     raise ImageError("is an EPS file, a program that draws: save it as a PNG")
-                return _upright_rgb(image)
+                with _quiet_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+                    return _upright_rgb(image)
     except ImageError as error:
         raise ImageError(f"{path} {error}") from None
     except UnidentifiedImageError:
@@ -61,6 +64,24 @@ def read_image(path: str | Path) -> Image.Image:
         if isinstance(error, OSError) and error.strerror:  # the system's word: no such file, a folder, not permitted
             raise ImageError(f"cannot read {path}: {error.strerror}") from None
         raise ImageError(f"{path} is truncated or damaged ({' '.join(str(error).split())})") from None
+
+
+@contextlib.contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """libtiff itself writes to stderr what it thinks of a damaged file; the one line of an ImageError is enough."""
+    try:
+        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stderr
+        yield
+        return
+    sys.stderr.flush()
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

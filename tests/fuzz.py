@@ -624,7 +624,7 @@ class Result:
                     (target.parent / file).touch()
             shutil.copy(root / "model" / "vit.pt", folder / "vit.pt")
             if r.random() < 0.45:
-                others = [path for path in sorted(root.glob("*/*.*")) if path.parent != source.parent]
+                others = [path for other in FAMILIES if other != family for path in sorted((root / other).glob("*.*"))]
                 data, done = damaged(r, source.read_bytes(), others)
                 target.write_bytes(data)
                 self.facts = {"signed": family == "picture", "done": done}
