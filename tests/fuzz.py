@@ -209,7 +209,7 @@ UNSIGNED = {  # of which no checksum is made: some take as long to make as to ch
 }
 TWISTS = {
     "flat": torch.flatten, "one more axis": lambda x: x[None], "none left": lambda x: x.flatten()[:0],
-    "one less": lambda x: x.flatten()[:-1], "twice": lambda x: torch.cat([x.flatten()] * 2), "double": torch.Tensor.double,
+    "one less": lambda x: x.flatten()[:-1], "twice": lambda x: x.flatten().repeat(2), "double": torch.Tensor.double,
     "long": torch.Tensor.long, "bool": torch.Tensor.bool, "complex": lambda x: x.to(torch.complex64),
     "nan": lambda x: x.float() * nan, "large": lambda x: x.float() * 1e38,
 }
