@@ -12,7 +12,7 @@ train: $(VENV)/requirements.installed
 test: $(VENV)/requirements-dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 crash-test: $(VENV)/requirements-dev.installed
 	$(BIN)/python -m tests.crash_test $(ARGS)
