@@ -50,9 +50,13 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """How many images these are, and a hash of which."""
-        digest = hashlib.sha256(self.ids.sort().values.numpy().tobytes()).hexdigest()
-        return f"{len(self)} images {digest[:16]}"
+        return fingerprint(self.ids)
+
+
+def fingerprint(ids: torch.Tensor) -> str:
+    """How many images these are, and a hash of which, in whatever order."""
+    digest = hashlib.sha256(ids.sort().values.numpy().tobytes()).hexdigest()
+    return f"{len(ids)} images {digest[:16]}"
 
 
 def split_names(text: str) -> list[str]:
@@ -138,6 +142,11 @@ class Dataset:
     @property
     def fingerprints(self) -> dict[str, str]:
         return {part: getattr(self, part).fingerprint for part in ("train", "val", "test")}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all images together: the same whichever part is held out."""
+        return fingerprint(torch.cat([self.train.ids, self.val.ids, self.test.ids]))
 
     @property
     def seen(self) -> dict[str, torch.Tensor]:

@@ -115,13 +115,16 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     },
     fingerprints=PARTS,
 )
-REPORT = {  # saved/<name>.json, by training/run.py
-    "results": RESULTS,
-    "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
-    "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
-    "metrics": optional(METRICS["val"], **METRICS["train"]),
-    "val_seconds": [NOT_NEGATIVE],
-}
+REPORT = optional(  # saved/<name>.json, by training/run.py
+    {
+        "results": RESULTS,
+        "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
+        "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
+        "metrics": optional(METRICS["val"], **METRICS["train"]),
+        "val_seconds": [NOT_NEGATIVE],
+    },
+    images=TEXT,
+)
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
     "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
 }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_main
+from PIL import Image
 
 from setup_cifar import DataError
 
@@ -79,3 +80,23 @@ def test_refused_in_one_line(tmp_path, capfd, flags):
     error = capfd.readouterr().err
     assert stop.value.code == 2 and "fold" in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_folds_of_a_folder_that_has_changed_between_them_are_not_averaged(tmp_path, capfd):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / "train" / name / f"{number}.png")
+    flags = (
+        f"--dataset {tmp_path / 'pets'} --img_size 8 --model mlp --hidden_size 4 --batch_size 8 --epochs 1 --folds 2"
+    )
+    flags = [*flags.split(), "--gif_frames", "0", "--output_dir", str(tmp_path)]
+    run_main("studies.crossval", *flags)
+    (tmp_path / "saved" / "studies" / "crossval_mlp_pets_fold1.json").unlink()
+    (tmp_path / "saved" / "studies" / "crossval_mlp_pets_fold1.checkpoint").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pets" / "train" / "a" / "one more.png")
+    with pytest.raises(SystemExit) as stop:
+        run_main("studies.crossval", *flags)
+    assert stop.value.code == 2 and "have changed between the folds" in capfd.readouterr().err

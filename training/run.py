@@ -227,6 +227,7 @@ class Run:
             "results": results,
             "config": dataclasses.asdict(config),
             "provenance": provenance(),
+            "images": self.data.fingerprint,
             "metrics": runner.metrics,
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
         }
