@@ -169,14 +169,15 @@ def check_same_data(models: list[Model], paths: tuple[str, ...]) -> None:
     Raises:
         ValueError: the models do not answer the same question about the same images.
     """
-    for name in ("dataset", "classes", "source", "fingerprints"):
-        values = [model.metadata.get(name) for model in models]
-        if name == "fingerprints":  # of the test images; files of older models do not have it
-            values = [value["test"] for value in values] if all(values) else [None] * len(models)
+    marks = [model.metadata.get("fingerprints", {}).get("test") for model in models]
+    # files of earlier versions do not say which images they belong to
+    compared = {name: [model.metadata.get(name) for model in models] for name in ("classes", "dataset", "source")}
+    if all(marks):
+        compared = {"classes": compared["classes"], "test images": marks}
+    for name, values in compared.items():
         for path, value in zip(paths, values, strict=True):
             if value != values[0]:
-                what = "test part" if name == "fingerprints" else name
-                raise ValueError(f"no ensemble: the {what} of {path} is {value}, that of {paths[0]} {values[0]}")
+                raise ValueError(f"no ensemble: the {name} of {path}: {value}; of {paths[0]}: {values[0]}")
 
 
 def average(members: list[Answers], name: str) -> Answers:

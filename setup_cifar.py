@@ -116,6 +116,8 @@ def load_data(
         return load_folder(dataset, img_size, val_fraction, split_seed)
     if img_size != 32:
         raise DataError(f"img_size {img_size} is for folders of pictures: the images of {dataset} have 32 pixels")
+    if (Path(dataset) / "train").is_dir():
+        print(f"{dataset} is the data set of that name; for the folder {dataset} say ./{dataset}", file=sys.stderr)
     train, test, classes, flip = DATASETS[dataset](folder)
     train.ids, test.ids = torch.arange(len(train)), len(train) + torch.arange(len(test))  # which never change
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))

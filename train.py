@@ -165,6 +165,8 @@ def load_images(config: Config) -> Dataset:
         data = data.select(split_names(config.classes))
     if config.label_fraction < 1:
         data = data.part_of_labels(config.label_fraction, config.split_seed)
+    if not len(data.val):
+        raise ValueError(f"no image of {data.name} is held out for validation: raise --val_fraction, or add pictures")
     if config.batch_size * config.grad_accum > len(data.train):
         times = f" times grad_accum {config.grad_accum}" if config.grad_accum > 1 else ""
         raise ValueError(f"batch_size {config.batch_size}{times} is larger than the training set of {len(data.train)}")

@@ -36,7 +36,7 @@ def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -
 
     Raises:
         ImageError: no `train`, fewer than two classes, other classes below `val` or `test`, a class without a picture
-            to train on, or nothing to validate or test on.
+            to train on, or nothing to test on.
     """
     if side < 1:
         raise ImageError(f"img_size is the side in pixels that pictures are brought to: {side} is not positive")
@@ -96,7 +96,7 @@ def require_pictures(name: str, split: Split, classes: list[str], folder: Path) 
     """
     counts = torch.bincount(split.labels, minlength=len(classes))
     missing = ", ".join(repr(classes[label]) for label in (counts == 0).nonzero()[:, 0].tolist())
-    if missing and (name == "train" or not len(split)):
+    if missing and (name == "train" or (name == "test" and not len(split))):
         lacking = folder / "test" if name == "train" else folder / name
         which = f"of {missing} is left to train on" if name == "train" else f"is held out for {name}"
         raise ImageError(f"{folder} has too few pictures, and none {which}: add some, or make the folder {lacking}")

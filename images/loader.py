@@ -48,15 +48,9 @@ class Split:
     def subset(self, indices: torch.Tensor) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.ids[indices])
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.ids)
 
-
-def fingerprint(ids: torch.Tensor) -> str:
-    """How many images these are, and a hash of which, in whatever order."""
-    digest = hashlib.sha256(ids.sort().values.numpy().tobytes()).hexdigest()
-    return f"{len(ids)} images {digest[:16]}"
+def join(splits: list[Split]) -> Split:
+    return Split(*(torch.cat([getattr(split, name) for split in splits]) for name in ("images", "labels", "ids")))
 
 
 def split_names(text: str) -> list[str]:
@@ -96,6 +90,14 @@ def unpack_ids(text: str) -> torch.Tensor:
     raise ValueError(f"unknown kind of ids {kind!r}")
 
 
+Seen = dict[str, dict[str, torch.Tensor]]  # ids by collection (see Dataset.collection), and "train" or "val"
+
+
+def unpack_seen(stored: dict[str, dict[str, str]]) -> Seen:
+    """Of a model's metadata."""
+    return {name: {part: unpack_ids(ids) for part, ids in parts.items()} for name, parts in stored.items()}
+
+
 @dataclass
 class Dataset:
     """Train, validation and test split, with what is needed to use a model trained on them.
@@ -103,7 +105,7 @@ class Dataset:
     `mean` and `std` are per channel, of the training split's pixels scaled to [0, 1]. `flip` says whether a mirrored
     image still belongs to its class (true of photographs, not of digits). `source` is what `load_data` finds the data
     by again: the absolute path of a folder of pictures, otherwise the name. `before` are the ids that a model has been
-    trained and validated on before: see `start_after`.
+    trained and validated on before, of each collection of images: see `start_after`.
 
     Raises:
         DataError: all training images have one and the same colour.
@@ -116,7 +118,7 @@ class Dataset:
     test: Split
     flip: bool
     source: str | None = None
-    before: dict[str, torch.Tensor] | None = None
+    before: Seen = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.source = self.source or self.name
@@ -136,28 +138,39 @@ class Dataset:
     def metadata(self) -> dict:
         """What a saved model needs to say about its data, so that it can be used and its test images be found."""
         names = {"dataset": self.name, "source": self.source, "classes": self.classes, "image_size": self.image_size}
-        which = {"fingerprints": self.fingerprints, "seen": {part: pack_ids(ids) for part, ids in self.seen.items()}}
-        return {**names, "mean": self.mean, "std": self.std, **which}
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {part: getattr(self, part).fingerprint for part in ("train", "val", "test")}
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all images together: the same whichever part is held out."""
-        return fingerprint(torch.cat([self.train.ids, self.val.ids, self.test.ids]))
-
-    @property
-    def seen(self) -> dict[str, torch.Tensor]:
-        """The ids of what a model has been trained on ("train") and validated on ("val") when this training ends."""
-        parts = {"train": self.train.ids, "val": self.val.ids}
-        return {part: torch.cat([ids, self.before[part]]) if self.before else ids for part, ids in parts.items()}
+        packed = {name: {part: pack_ids(ids) for part, ids in parts.items()} for name, parts in self.seen.items()}
+        return {**names, "mean": self.mean, "std": self.std, "fingerprints": self.fingerprints, "seen": packed}
 
     @property
     def is_folder(self) -> bool:
         """Whether these are a person's own pictures, which may change, and whose ids are hashes."""
         return bool(self.train.ids[0] >= HASHES)
+
+    @property
+    def collection(self) -> str:
+        """What the ids belong to: the name of a data set, or all pictures that there are."""
+        return "pictures" if self.is_folder else self.name
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each part how many images it has, and a hash of which these are and of their classes."""
+        return {part: self.fingerprint(getattr(self, part)) for part in ("train", "val", "test")}
+
+    def fingerprint(self, split: Split | None = None) -> str:
+        """Of a split, or of all images together, whichever part is held out; in whatever order."""
+        split = split or join([self.train, self.val, self.test])
+        order = np.lexsort((split.labels.numpy(), split.ids.numpy()))
+        digest = hashlib.sha256(repr((self.collection, self.classes)).encode())
+        digest.update(split.ids.numpy()[order].tobytes() + split.labels.numpy()[order].tobytes())
+        return f"{len(split)} images {digest.hexdigest()[:16]}"
+
+    @property
+    def seen(self) -> Seen:
+        """The ids of what a model has been trained on ("train") and validated on ("val") when this training ends."""
+        now = {"train": self.train.ids, "val": self.val.ids}
+        before = self.before.get(self.collection)
+        together = {part: torch.cat([ids, before[part]]) for part, ids in now.items()} if before else now
+        return {**self.before, self.collection: together}
 
     def start_after(self, metadata: dict, path: str | Path) -> None:
         """Take into account what a model was trained on from which this training starts.
@@ -168,19 +181,17 @@ class Dataset:
         if "seen" not in metadata:
             print(f"{path} does not say which images it was trained on: if it saw these, accuracies are too high")
             return
-        seen = {part: unpack_ids(ids) for part, ids in metadata["seen"].items()}
-        hashes = bool(len(seen["train"])) and bool(seen["train"][0] >= HASHES)
-        if hashes != self.is_folder or (not hashes and metadata.get("source") != self.source):
-            return  # they are other images
-        for part, before in (("val", seen["train"]), ("test", torch.cat(list(seen.values())))):
+        self.before = unpack_seen(metadata["seen"])
+        if (known := self.before.get(self.collection)) is None:
+            return  # it was trained on other images
+        for part, before in (("val", known["train"]), ("test", torch.cat(list(known.values())))):
             ids = getattr(self, part).ids
-            if known := int(torch.isin(ids, before).sum()):
+            if count := int(torch.isin(ids, before).sum()):
                 what = {"val": "validation", "test": "test"}[part]
                 raise DataError(
-                    f"{path} was trained on {known:,} of the {len(ids):,} {what} images, which would make accuracies "
+                    f"{path} was trained on {count:,} of the {len(ids):,} {what} images, which would make accuracies "
                     "too high: split as it did (--val_fraction, --split_seed, --fold), or start from another model"
                 )
-        self.before = seen
 
     def select(self, names: list[str]) -> "Dataset":
         """The images of these classes alone, labelled 0, 1, ... in the order given.
@@ -212,18 +223,18 @@ class Dataset:
         Raises:
             DataError: no such fold, or a class with fewer images than there are folds.
         """
-        from sklearn.model_selection import StratifiedKFold
+        from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-        names = ("images", "labels", "ids")
-        together = Split(*(torch.cat([getattr(self.train, name), getattr(self.val, name)]) for name in names))
+        together = join([self.train, self.val])
         labels = together.labels
         fewest = torch.bincount(labels, minlength=len(self.classes)).min().item()
         if not 2 <= folds <= fewest:
             raise DataError(f"folds must be between 2 and {fewest}, the images of the smallest class, not {folds}")
         if not 0 <= number < folds:
             raise DataError(f"fold must be between 0 and {folds - 1}, not {number}")
-        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels))[number]]
+        splitter = (StratifiedGroupKFold if self.is_folder else StratifiedKFold)(folds, shuffle=True, random_state=seed)
+        # copies of a picture are a group, and stay together
+        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels, together.ids))[number]]
         return dataclasses.replace(self, train=together.subset(parts[0]), val=together.subset(parts[1]))
 
     def part_of_labels(self, fraction: float, seed: int = 0) -> "Dataset":

@@ -86,7 +86,7 @@ MODEL = {  # saved/<name>.pt, by Model.save
 }
 PARTS = {"train": TEXT, "val": TEXT, "test": TEXT}  # fingerprints of their images
 NORMALISATION = {"mean": three(NUMBER), "std": three(POSITIVE)}
-ORIGIN = {"source": TEXT, "image_size": SIZE, "fingerprints": PARTS, "seen": {"train": TEXT, "val": TEXT}}
+ORIGIN = {"source": TEXT, "image_size": SIZE, "fingerprints": PARTS, "seen": {...: {"train": TEXT, "val": TEXT}}}
 METADATA = optional({"dataset": TEXT, "classes": CLASSES, **NORMALISATION}, **ORIGIN)  # of a model by train.py
 RESULTS = {
     "parameters": COUNT,
@@ -99,7 +99,7 @@ MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
 METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     {
-        "config": {"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN},
+        "config": optional({"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN}, grad_accum=SIZE, epochs=SIZE),
         "results": maybe(Kind("results", lambda value: fits(value, RESULTS))),
         "runner": {
             "model": {...: TENSOR},
@@ -114,6 +114,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
         },
     },
     fingerprints=PARTS,
+    before=TEXT,
 )
 REPORT = optional(  # saved/<name>.json, by training/run.py
     {

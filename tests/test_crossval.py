@@ -99,4 +99,4 @@ def test_folds_of_a_folder_that_has_changed_between_them_are_not_averaged(tmp_pa
     Image.new("RGB", (8, 8)).save(tmp_path / "pets" / "train" / "a" / "one more.png")
     with pytest.raises(SystemExit) as stop:
         run_main("studies.crossval", *flags)
-    assert stop.value.code == 2 and "have changed between the folds" in capfd.readouterr().err
+    assert stop.value.code == 2 and "have changed since a fold was trained" in capfd.readouterr().err

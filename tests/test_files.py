@@ -100,6 +100,45 @@ def test_a_finished_run_whose_report_is_lost_writes_it_again(tmp_path):
     assert after["results"] == before["results"] and after["val_seconds"] == before["val_seconds"]
 
 
+@pytest.mark.parametrize("damage", ["report", "model", "another model"])
+def test_a_finished_run_whose_files_are_damaged_writes_them_again(tmp_path, damage):
+    train_small(tmp_path)
+    report, path = tmp_path / "saved" / f"{MODEL}.json", tmp_path / "saved" / f"{MODEL}.pt"
+    before = read_json(report)["results"], read_file(path)["weights"]
+    if damage == "report":
+        report.write_text("{", encoding="utf-8")
+    elif damage == "model":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        CNN().save(path)
+    train_small(tmp_path, "--resume")
+    assert read_json(report)["results"] == before[0]
+    assert all(torch.equal(weights, before[1][name]) for name, weights in read_file(path)["weights"].items())
+
+
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        (("config", "grad_accum"), "x"),
+        (("config", "grad_accum"), 0),
+        (("runner", "progress", "batch"), 10**12),
+        (("runner", "metrics", "val_accuracy"), torch.tensor([7.0], dtype=torch.float64)),
+    ],
+)
+def test_a_checkpoint_with_values_that_make_no_sense_is_one_line(tmp_path, where, value):
+    train_small(tmp_path)
+    path = tmp_path / "saved" / f"{MODEL}.checkpoint"
+    contents = read_file(path)
+    place = contents
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    write_file(path, {**contents, "results": None})
+    flags = [*SMALL, *"--epochs 2 --gif_frames 0 --resume --resume_changed --output_dir".split(), tmp_path]
+    code, line = outcome("train.py", *flags)
+    assert code == 2 and line.count("\n") == 0 and f"{MODEL}.checkpoint" in line, line
+
+
 # -------------------------------------------------------------------------------------------------- memory
 
 
@@ -232,7 +271,7 @@ def model(tmp_path):
         ("metadata.classes", list(range(10))),
         ("metadata.dataset", 3),
         ("metadata.image_size", 0),
-        ("metadata.seen", {"train": 1, "val": 2}),
+        ("metadata.seen", {"train": "mask ", "val": "mask "}),
         ("metadata.fingerprints", "none"),
     ],
 )
@@ -482,4 +521,7 @@ def test_init_from_a_model_trained_on_what_is_validation_here_is_refused(tmp_pat
     flags = [*SMALL, "--split_seed", 1, "--output_dir", tmp_path / "other", *start]
     code, line = outcome("train.py", *flags)
     assert code == 2 and "validation images, which would make accuracies too high" in line, line
-    assert files.read_file(tmp_path / "same" / "saved" / f"{MODEL}.pt")["metadata"]["seen"]["train"].startswith("mask ")
+    seen = read_file(tmp_path / "same" / "saved" / f"{MODEL}.pt")["metadata"]["seen"]
+    assert seen["digits"]["train"].startswith("mask ")
+        "train"
+    ].startswith("mask ")

@@ -230,7 +230,7 @@ def empty_class_in_test(folder):
     [
         (empty_class, "train/fox is empty"),
         (unreadable_class, "train/fox is empty"),
-        (too_few, "too few pictures, and none (is held out for|of .* is left to train on)"),
+        (too_few, "too few pictures, and none (is held out for test|of .* is left to train on)"),
         (single_class, "only the class 'cat'"),
         (no_train, "no folder train"),
         (no_class, "no folder: a model needs two"),
@@ -491,3 +491,66 @@ def test_setup_script_says_what_it_found(pets, tmp_path, monkeypatch, capsys):
     for text in ("pets: 16x16 RGB images of 3 classes", "train     23 images;  per class: 6 to 9"):
         assert text in printed
     assert {path.name for path in tmp_path.glob("*.png")} == {"samples_pets.png", "augmentations_pets.png"}
+
+
+def test_copies_of_a_picture_are_in_one_fold(tmp_path):
+    """Noise of which there are copies was right in 100 % of what each fold held out."""
+    write_noise(tmp_path / "noise" / "train", 20)
+    for path in [*(tmp_path / "noise").rglob("*.png")]:
+        path.with_name(f"copy of {path.name}").write_bytes(path.read_bytes())
+    data = load_data(str(tmp_path / "noise"), img_size=8)
+    for number in range(4):
+        fold = data.fold(number, 4)
+        assert len(fold.train) + len(fold.val) == len(data.train) + len(data.val) and len(fold.val) > 4
+        assert not torch.isin(fold.val.ids, fold.train.ids).any()
+
+
+def test_resume_notices_other_classes_and_takes_the_same_pictures_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "noise" / "train", 30)
+    flags = [*LEARN_BY_HEART.split(), "--name", "run"]
+    run_main("train.py", "--dataset", "noise", *flags, "--epochs", 1)
+    (tmp_path / "noise").rename(tmp_path / "moved")
+    run_main("train.py", "--dataset", "./moved/", *flags, "--epochs", 2, "--resume", "--resume_changed")
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--dataset", "moved", *flags, "--epochs", 1, "--resume", "--resume_changed")
+    assert "it cannot end after 1" in capsys.readouterr().err
+    for old, new in (("a", "x"), ("b", "a"), ("x", "b")):
+        (tmp_path / "moved" / "train" / old).rename(tmp_path / "moved" / "train" / new)
+    with pytest.raises(SystemExit):
+        run_main("train.py", "--dataset", "moved", *flags, "--epochs", 3, "--resume", "--resume_changed")
+    assert "or have other classes" in capsys.readouterr().err
+
+
+def test_what_was_seen_is_remembered_through_other_data_and_the_start_must_stay_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "noise" / "train", 30)
+    small = "--model mlp --hidden_size 4 --epochs 1 --batch_size 16 --gif_frames 0 --device cpu".split()
+    run_main("train.py", "--dataset", "noise", "--img_size", 32, *small, "--name", "first")
+    run_main("train.py", "--dataset", "digits", *small, "--name", "second", "--init_from", "saved/first.pt")
+    for name in ("a", "b"):
+        (tmp_path / "noise" / "test" / name).mkdir(parents=True)
+        for file in sorted((tmp_path / "noise" / "train" / name).glob("00*.png")):
+            file.rename(tmp_path / "noise" / "test" / name / file.name)
+    third = ("train.py", "--dataset", "noise", "--img_size", 32, *small, "--name", "third", "--init_from")
+    with pytest.raises(SystemExit):
+        run_main(*third, "saved/second.pt")
+    assert "of the 20 test images" in capsys.readouterr().err
+    run_main("train.py", "--dataset", "digits", *small, "--name", "first", "--seed", 1)  # another one of that name
+    with pytest.raises(SystemExit):
+        again = ("--name", "second", "--init_from", "saved/first.pt", "--epochs", 2, "--resume", "--resume_changed")
+        run_main("train.py", "--dataset", "digits", *small, *again)
+    assert "or that file has changed" in capsys.readouterr().err
+
+
+def test_another_folder_in_place_of_the_one_trained_on_is_refused(trained, tmp_path, capsys):
+    folder, out = trained
+    write_pictures(
+        tmp_path / "other" / "train",
+        30,
+        dict(zip(sorted(["$x_$", "a b's", "Größe, 50%"]), CLASSES.values(), strict=True)),
+    )
+    with pytest.raises(SystemExit):
+        run_main("evaluate.py", out / "saved" / "VisionTransformer_my pets.pt", "--data_dir", tmp_path / "other")
+    assert "none of the pictures that the model was trained on is in" in capsys.readouterr().err

@@ -82,8 +82,8 @@ def test_the_model_file_carries_what_is_needed_to_use_it(finished, digits):
     assert {key: metadata[key] for key in names} == names
     assert (metadata["mean"], metadata["std"]) == (digits.mean, digits.std)
     assert metadata["fingerprints"] == digits.fingerprints
-    assert torch.equal(unpack_ids(metadata["seen"]["train"]), digits.train.ids.sort().values)
-    assert torch.equal(unpack_ids(metadata["seen"]["val"]), digits.val.ids.sort().values)
+    assert torch.equal(unpack_ids(metadata["seen"]["digits"]["train"]), digits.train.ids.sort().values)
+    assert torch.equal(unpack_ids(metadata["seen"]["digits"]["val"]), digits.val.ids.sort().values)
 
 
 def test_the_report_says_how_the_figures_came_about(finished):

@@ -1,5 +1,6 @@
 """Checkpoints: a run's state, written so that it can be taken up again, and taken up."""
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -41,7 +42,9 @@ class Checkpoints:
     def write(self, runner: Runner, results: dict | None = None) -> None:
         """All that is needed to go on; `results` are the figures of a run that has ended."""
         contents = {"runner": runner_state(runner), "config": self.hyperparameters, "results": results}
-        write_file(self.path, contents | ({"fingerprints": self.data.fingerprints} if self.data else {}))
+        if self.data:
+            contents |= {"fingerprints": self.data.fingerprints, "before": hash_of_seen(self.data)}
+        write_file(self.path, contents)
         self._written = time.monotonic()
 
     def resume(
@@ -63,6 +66,8 @@ class Checkpoints:
         """
         checkpoint = distributed.broadcast(self._read)
         before, now = checkpoint["config"], self.hyperparameters
+        if self.data and self.data.is_folder:
+            free = {*free, "dataset"}  # the pictures themselves are compared, wherever they lie now
         changed = {
             name: f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
@@ -75,6 +80,12 @@ class Checkpoints:
         if changed and not changes_allowed:
             raise CheckpointError(f"{'; '.join(changed.values())}: --resume_changed goes on with the change")
         self._require_same_images(checkpoint)
+        progress = checkpoint["runner"]["progress"]
+        if progress["epoch"] + (progress["batch"] > 0) > now["epochs"]:
+            raise CheckpointError(
+                f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
+                f"{now['epochs']}; --epochs must be at least that many, or choose another --name for a new run"
+            )
         if before["optimizer"] != now["optimizer"]:
             raise CheckpointError(f"{self.path} does not fit: it holds the state of another optimizer")
         try:
@@ -86,6 +97,8 @@ class Checkpoints:
         if sizes[0] != sizes[1]:
             done = runner.batch * sizes[0]  # images of this epoch
             runner.batch = len(train_loader) if done >= train_loader.num_images else done // sizes[1]
+        if runner.batch > len(train_loader):
+            raise CheckpointError(f"{self.path} does not fit: batch {runner.batch} of {len(train_loader)} in an epoch")
         if runner.scheduler is not None:
             set_position(runner.scheduler, runner.epoch * len(train_loader) + runner.batch)
         if checkpoint["results"] is not None and not changed:
@@ -114,8 +127,14 @@ class Checkpoints:
                 then = f"{before[part].partition(' ')[0]} images" if before else "nothing known of them"
                 raise CheckpointError(
                     f"the {part} images in {self.data.source} are not those that this run began with ({then} then, "
-                    f"{now.partition(' ')[0]} now): put them back as they were, or choose another --name for a new run"
+                    f"{now.partition(' ')[0]} now), or have other classes: put them back as they were, or choose "
+                    "another --name for a new run"
                 )
+        if checkpoint.get("before", known := hash_of_seen(self.data)) != known:
+            raise CheckpointError(
+                "--init_from names another model than the one that this run started from, or that file has changed: "
+                "put it back, or choose another --name for a new run"
+            )
 
     def set_interrupted_run_aside(self) -> None:
         """Rename the checkpoint of an interrupted run, rather than have the new run of that name overwrite it."""
@@ -132,6 +151,12 @@ def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
     except CheckpointError:
         return False
     return schema.fits(checkpoint, schema.CHECKPOINT) and not (interrupted and checkpoint["results"])
+
+
+def hash_of_seen(data: Dataset) -> str:
+    """Of what the model had been trained on before this run, and of the normalisation that comes with it."""
+    known = [(data.mean, data.std), data.metadata["seen"]] if data.before else []
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def runner_state(runner: Runner) -> dict:
@@ -160,6 +185,8 @@ def restore_runner(runner: Runner, state: dict) -> None:
     for part in ("train", "val"):
         if len({len(metrics[f"{part}_{what}"]) for what in ("loss", "accuracy", "step")}) > 1:
             raise ValueError(f"metrics of {part} have different lengths")
+        if not all(0 <= value <= 1 for value in metrics[f"{part}_accuracy"]):
+            raise ValueError(f"{part}_accuracy is not from 0 to 1")
     if len(metrics["val_step"]) != progress["epoch"]:
         raise ValueError(f"{len(metrics['val_step'])} validations after {progress['epoch']} epochs")
     schema.require_like(state["model"], dict(runner.model.state_dict()), "model")

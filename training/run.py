@@ -22,10 +22,10 @@ from images.augment import parse_augment
 from images.loader import Dataset, ImageLoader, join_names, split_names
 from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device
-from support import cli, distributed
-from support.files import write_bytes
-from support.model import Model, num_parameters
-from support.report import provenance, write_json
+from support import cli, distributed, schema
+from support.files import CheckpointError, write_bytes
+from support.model import Model, num_parameters, read_model
+from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, EarlyStopping, Frames, ProgressBar, TensorBoard
 from training.checkpoints import Checkpoints
 from training.models import find_model
@@ -155,7 +155,7 @@ class Run:
             images = {name for name, (title, _) in groups.items() if title == "data"}
             free = {name for name in groups if name not in self.hyperparameters}
             results = self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
-            if results and self.paths.model.exists() and self.paths.report.exists():
+            if results and self.has_written(runner, results):
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
                 return False
         if self.first:
@@ -166,6 +166,15 @@ class Run:
                     path.unlink(missing_ok=True)
         self.stop_on_signals(runner)
         return True
+
+    def has_written(self, runner: Runner, results: dict) -> bool:
+        """Whether model and report of the run, which ended with these results, are there and whole."""
+        try:
+            report, model = read_json(self.paths.report, schema.REPORT), read_model(self.paths.model)
+        except CheckpointError:
+            return False
+        same_images = model["metadata"].get("fingerprints", self.data.fingerprints) == self.data.fingerprints
+        return report["results"] == results and model["model"] == type(runner.model).__name__ and same_images
 
     def save_best(self, runner: Runner) -> None:
         """Write the weights of the best epoch until now, for early stopping."""
@@ -227,7 +236,7 @@ class Run:
             "results": results,
             "config": dataclasses.asdict(config),
             "provenance": provenance(),
-            "images": self.data.fingerprint,
+            "images": self.data.fingerprint(),
             "metrics": runner.metrics,
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from images.loader import Dataset, ImageLoader, Split, unpack_ids
+from images.loader import Dataset, ImageLoader, Split, unpack_seen
 from network import Model
 from setup_cifar import DATASETS, load_data
 from support import schema
@@ -46,7 +46,7 @@ def test_loader(
     trained or validated on, and it is said how many are left.
 
     Args:
-        data_dir: where CIFAR lies; of a model of your own pictures, where their folder is now if it has been moved.
+        data_dir: where CIFAR lies; of a model of your own pictures, the folder with them, if it has been moved.
 
     Raises:
         CheckpointError: the data are not those that the model was trained on, or it is not certain which of them.
@@ -67,12 +67,12 @@ def test_loader(
 
 def load_pictures(source: str, data_dir: str | None, metadata: dict, img_size: int) -> Dataset:
     """The folder of pictures that a model was trained on, as it is now."""
-    if "seen" not in metadata:
+    if "pictures" not in metadata.get("seen", {}):
         raise CheckpointError(
             f"an earlier version saved this model, which does not say which pictures in {source} it was trained on, so "
             "that it cannot be tested on the others: train it again"
         )
-    folder = data_dir if data_dir and not Path(source).is_dir() else source
+    folder = data_dir if data_dir and (Path(data_dir) / "train").is_dir() else source
     if not Path(folder).is_dir():
         raise CheckpointError(f"the pictures that the model was trained on are not in {folder}: --data_dir says where")
     return load_data(str(Path(folder).resolve()), img_size=img_size)
@@ -80,11 +80,13 @@ def load_pictures(source: str, data_dir: str | None, metadata: dict, img_size: i
 
 def not_trained_on(data: Dataset, models: list[Model]) -> Split:
     """The test pictures that none of the models was trained or validated on."""
-    seen = torch.cat([unpack_ids(ids) for model in models for ids in model.metadata["seen"].values()])
+    seen = torch.cat([ids for model in models for ids in unpack_seen(model.metadata["seen"])["pictures"].values()])
+    if not torch.isin(data.train.ids, seen).any():
+        raise CheckpointError(f"none of the pictures that the model was trained on is in {data.source}")
     known = torch.isin(data.test.ids, seen)
     if known.all():
         raise CheckpointError(f"no picture in {data.source} is left to test on: the model was trained on all of them")
-    if known.any() or data.test.fingerprint != models[0].metadata.get("fingerprints", {}).get("test"):
+    if known.any() or data.fingerprints["test"] != models[0].metadata.get("fingerprints", {}).get("test"):
         print(
             f"the pictures in {data.source} have changed since training: tested on {int((~known).sum()):,} of "
             f"{len(known):,}, none of which was trained on"
