@@ -21,7 +21,7 @@ from runner import Runner
 from setup_cifar import load_data
 from studies import runs
 from studies.compare import read_answers
-from support import files, schema
+from support import schema
 from support.files import CheckpointError, read_file, write_file
 from support.report import read_json, write_json
 from support.significance import paired_bootstrap
@@ -523,5 +523,3 @@ def test_init_from_a_model_trained_on_what_is_validation_here_is_refused(tmp_pat
     assert code == 2 and "validation images, which would make accuracies too high" in line, line
     seen = read_file(tmp_path / "same" / "saved" / f"{MODEL}.pt")["metadata"]["seen"]
     assert seen["digits"]["train"].startswith("mask ")
-        "train"
-    ].startswith("mask ")
