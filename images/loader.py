@@ -232,9 +232,10 @@ class Dataset:
             raise DataError(f"folds must be between 2 and {fewest}, the images of the smallest class, not {folds}")
         if not 0 <= number < folds:
             raise DataError(f"fold must be between 0 and {folds - 1}, not {number}")
-        splitter = (StratifiedGroupKFold if self.is_folder else StratifiedKFold)(folds, shuffle=True, random_state=seed)
         # copies of a picture are a group, and stay together
-        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels, together.ids))[number]]
+        kind, groups = (StratifiedGroupKFold, together.ids) if self.is_folder else (StratifiedKFold, None)
+        splitter = kind(folds, shuffle=True, random_state=seed)
+        parts = [torch.from_numpy(part) for part in list(splitter.split(labels, labels, groups))[number]]
         return dataclasses.replace(self, train=together.subset(parts[0]), val=together.subset(parts[1]))
 
     def part_of_labels(self, fraction: float, seed: int = 0) -> "Dataset":
