@@ -171,9 +171,10 @@ def check_same_data(models: list[Model], paths: tuple[str, ...]) -> None:
     """
     marks = [model.metadata.get("fingerprints", {}).get("test") for model in models]
     # files of earlier versions do not say which images they belong to
-    compared = {name: [model.metadata.get(name) for model in models] for name in ("classes", "dataset", "source")}
+    names = ("classes",) if all(marks) else ("classes", "dataset", "source")
+    compared = {name: [model.metadata.get(name) for model in models] for name in names}
     if all(marks):
-        compared = {"classes": compared["classes"], "test images": marks}
+        compared["test images"] = marks
     for name, values in compared.items():
         for path, value in zip(paths, values, strict=True):
             if value != values[0]:

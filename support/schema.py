@@ -30,13 +30,13 @@ def maybe(kind: Kind) -> Kind:
     return Kind(f"{kind.what} or null", lambda value: value is None or kind.fits(value))
 
 
-def numbers(dtype: torch.dtype | None = None, ndim: int = 1) -> Kind:
-    """A tensor of finite numbers with `ndim` axes."""
+def numbers(dtype: torch.dtype | None = None) -> Kind:
+    """A tensor of finite numbers with one axis."""
     return Kind(
-        f"a tensor of numbers with {ndim} axes" + (f" in {dtype}" if dtype else ""),
+        "a tensor of numbers with one axis" + (f" in {dtype}" if dtype else ""),
         lambda x: (
             isinstance(x, torch.Tensor)
-            and x.ndim == ndim
+            and x.ndim == 1
             and not x.is_complex()
             and (dtype is None or x.dtype == dtype)
             and bool(x.isfinite().all())

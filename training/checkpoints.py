@@ -30,6 +30,8 @@ class Checkpoints:
 
     def __init__(self, path: Path, hyperparameters: dict, minutes: float = 5.0, data: Dataset | None = None):
         self.path, self.hyperparameters, self.minutes, self.data = path, hyperparameters, minutes, data
+        # of what is trained on, which does not change; hashed once and not with every checkpoint
+        self.images = {"fingerprints": data.fingerprints, "before": hash_of_seen(data)} if data else {}
         self._written = time.monotonic()
 
     def step_end(self, runner: Runner) -> None:
@@ -42,9 +44,7 @@ class Checkpoints:
     def write(self, runner: Runner, results: dict | None = None) -> None:
         """All that is needed to go on; `results` are the figures of a run that has ended."""
         contents = {"runner": runner_state(runner), "config": self.hyperparameters, "results": results}
-        if self.data:
-            contents |= {"fingerprints": self.data.fingerprints, "before": hash_of_seen(self.data)}
-        write_file(self.path, contents)
+        write_file(self.path, contents | self.images)
         self._written = time.monotonic()
 
     def resume(
@@ -122,7 +122,7 @@ class Checkpoints:
         if self.data is None or ("fingerprints" not in checkpoint and not self.data.is_folder):
             return  # what earlier versions wrote; the other data sets never change
         before = checkpoint.get("fingerprints")
-        for part, now in self.data.fingerprints.items():
+        for part, now in self.images["fingerprints"].items():
             if before is None or before[part] != now:
                 then = f"{before[part].partition(' ')[0]} images" if before else "nothing known of them"
                 raise CheckpointError(
@@ -130,7 +130,7 @@ class Checkpoints:
                     f"{now.partition(' ')[0]} now), or have other classes: put them back as they were, or choose "
                     "another --name for a new run"
                 )
-        if checkpoint.get("before", known := hash_of_seen(self.data)) != known:
+        if checkpoint.get("before", self.images["before"]) != self.images["before"]:
             raise CheckpointError(
                 "--init_from names another model than the one that this run started from, or that file has changed: "
                 "put it back, or choose another --name for a new run"

@@ -180,12 +180,11 @@ def checked_state(optimizer: Optimizer, state: dict) -> dict:
     memory = state.get("state") if isinstance(state, dict) else None
     if not isinstance(memory, dict) or not memory.keys() <= set(range(len(parameters))):
         raise ValueError("it remembers other parameters than the optimizer's")
+    scalar = torch.zeros((), dtype=torch.float32)
     for number, values in memory.items():
         if not isinstance(values, dict) or values.keys() != MEMORY.get(type(optimizer), values.keys()):
             raise ValueError(f"it does not remember of parameter {number} what {type(optimizer).__name__} does")
         for name, value in values.items():
-            scalar = torch.zeros((), dtype=torch.float32)
-            schema.require_like(
-                value, scalar if name == "step" else parameters[number], f"{name} of parameter {number}"
-            )
+            wanted = scalar if name == "step" else parameters[number]
+            schema.require_like(value, wanted, f"{name} of parameter {number}")
     return {"state": memory, "param_groups": optimizer.state_dict()["param_groups"]}
