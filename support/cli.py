@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from support import distributed
+from support.files import ROOT
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent.parent  # of the project
-
 own_files: set[str] = set()  # of a person's own code, whose errors keep their traceback
 _program: list[str] = [Path(sys.argv[0]).name]  # `train.py`, or `-m studies.compare`
 _args: list[str] = sys.argv[1:]

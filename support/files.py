@@ -14,6 +14,24 @@ from typing import Any, BinaryIO
 import torch
 
 
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+
+
+def home() -> Path:
+    """The project's folder, as it is called from the working directory: `.` where one works in it."""
+    try:
+        return Path(os.path.relpath(ROOT))
+    except ValueError:  # another drive of Windows
+        return ROOT
+
+
+def find_file(path: str | Path) -> Path:
+    """`saved/CNN.pt` as it is said, or, where there is no such file, the project's: commands work from any folder."""
+    path = Path(path)
+    in_project = home() / path
+    return in_project if not path.exists() and in_project.exists() else path
+
+
 class CheckpointError(ValueError):
     """A file that cannot be used, with the reason in one line."""
 
