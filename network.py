@@ -26,6 +26,10 @@ class FeedForward(Model):
         return self.output(F.relu(self.hidden(images.flatten(1))))
 
     @property
+    def title(self) -> str:
+        return "MLP"
+
+    @property
     def image_size(self) -> int:
         return math.isqrt(self.config["input_size"] // 3)
 

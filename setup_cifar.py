@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 import tarfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
 from images.sheets import draw_augmentations, draw_samples
 from support import cli, distributed
+from support.files import home
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def load_data(
     Args:
         dataset: a name of DATASETS, "auto" (CIFAR-10 where it is available, else digits with a warning), or a folder of
             pictures, laid out as images/folder.py says.
-        data_dir: where CIFAR lies or goes; None means the environment's DATA_DIR, else `data`.
-        val_fraction: the part of the training images that is held out for validation, where a folder has none.
+        data_dir: where CIFAR lies or goes; None means the environment's DATA_DIR, else the project's `data`.
+        val_fraction: the part of the training images that is held out for validation, where a folder has none; with 0
+            all are trained on, and nothing is validated.
         split_seed: which images these are. It does not change with the training seed, so that validation images of
             one run are never training images of another.
         img_size: side in pixels that a folder's pictures are brought to; the other data sets have 32.
@@ -103,9 +106,11 @@ def load_data(
         DataError: unknown name, a damaged file, or CIFAR cannot be downloaded; nothing half-written is left.
         ImageError: a folder that is no data set.
     """
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction is the part held out for validation, between 0 and 1: {val_fraction} is not")
-    folder = Path(data_dir or os.environ.get("DATA_DIR") or "data")
+    if not 0 <= val_fraction < 1:
+        raise DataError(
+            f"val_fraction is the part held out for validation, 0 or more and below 1: {val_fraction} is not"
+        )
+    folder = Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
     if dataset == "auto":
         try:
             return load_data("cifar10", folder, val_fraction, split_seed)
@@ -122,7 +127,7 @@ def load_data(
     train.ids, test.ids = torch.arange(len(train)), len(train) + torch.arange(len(test))  # which never change
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     num_val = round(len(train) * val_fraction)
-    if not 0 < num_val < len(train):
+    if val_fraction and not 0 < num_val < len(train):
         raise DataError(f"val_fraction {val_fraction} of {len(train)} images leaves a split empty")
     return Dataset(dataset, classes, train.subset(order[num_val:]), train.subset(order[:num_val]), test, flip)
 
@@ -133,7 +138,7 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
     if not folder.is_dir():
         raise DataError(
             f"dataset {dataset!r} is neither a known name nor a folder: choose auto, {', '.join(DATASETS)}, "
-            "or a folder with train/<class>/*.jpg in it"
+            f"or a folder with train/<class>/*.jpg in it{cli.did_you_mean(dataset, ['auto', *DATASETS])}"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
     folder = folder.resolve()
@@ -150,13 +155,13 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
 def warn_about_digits(error: Exception) -> None:
     if distributed.rank() > 0:
         return
-    line = "!" * 100
-    print(
-        f"{line}\n!!  WARNING: this is NOT CIFAR-10. {error}\n"
-        "!!  Going on with scikit-learn's handwritten DIGITS instead; every file and title says so.\n"
-        f"!!  `--dataset cifar10` makes this an error.\n{line}",
-        file=sys.stderr,
+    line = "!" * 79
+    text = (
+        f"WARNING: this is NOT CIFAR-10. {error}. Going on with scikit-learn's handwritten DIGITS instead; every file "
+        "and title says so. `--dataset cifar10` makes this an error."
     )
+    words = textwrap.fill(text, 79, initial_indent="!!  ", subsequent_indent="!!  ", break_on_hyphens=False)
+    print(line, words, line, sep="\n", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- CIFAR
@@ -265,7 +270,7 @@ class Config:
     dataset: str = "cifar10"  # auto (CIFAR-10 if it is available, else digits), cifar10, cifar100, digits, or a folder
     data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
     img_size: int = 32  # side in pixels that a folder's pictures are brought to
-    figures_dir: str = "figures"  # where the sample sheet goes
+    figures_dir: str | None = None  # where the sample sheet goes; default: the project's figures/
     augmentations: bool = False  # also draw what each augmentation does to the same images
 
 
@@ -278,11 +283,14 @@ def main(args: list[str] | None = None) -> None:
             counts = torch.bincount(getattr(data, name).labels, minlength=len(data.classes)).tolist()
             print(f"  {name:5s} {sum(counts):6,d} images;  per class: {min(counts):,d} to {max(counts):,d}")
         print(f"  mean {[round(x, 4) for x in data.mean]}  standard deviation {[round(x, 4) for x in data.std]}")
-        sheet = Path(config.figures_dir) / f"samples_{data.name}.png"
+        sheet = Path(config.figures_dir or home() / "figures") / f"samples_{data.name}.png"
         draw_samples(data.train.images, data.train.labels, data.classes, sheet)
         print(f"  sample sheet: {sheet}")
         if config.augmentations:
-            sheet = Path(config.figures_dir) / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
+            sheet = (
+                Path(config.figures_dir or home() / "figures")
+                / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
+            )
             one_of_each = [(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))]
             first = torch.stack(one_of_each[:9])
             images, labels = data.train.images[first], data.train.labels[first]

@@ -2,11 +2,12 @@
 
     python train.py                                   # the Vision Transformer, 20 epochs
     python train.py --model cnn --epochs 5            # every hyperparameter below is also a flag
-    python train.py --resume                          # go on with an interrupted run
+    python train.py --resume --name CNN_epochs5       # go on with an interrupted run
+    python train.py --config saved/CNN_epochs5.json   # do again what a run did
     torchrun --nproc_per_node=2 train.py              # in two processes, on two cores or GPUs
 
-Writes saved/<Model>.pt (the model), saved/<Model>.json (the figures and how they came about), training curves and
-attention maps under figures/, and animation_<model>.gif.
+Writes saved/<name>.pt (the model), .json (the figures and how they came about) and .csv (every step, while it trains),
+and figures/<name>_curves.png, <name>_attention_maps.png and <name>_animation.gif. The name says what is not default.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from support import cli, distributed
 from training.callbacks import EarlyStopping, WeightAverage, WithProgress, compile_training
 from training.models import build_model, freeze_backbone, load_timm_weights, start_from
 from training.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
+from training.options import RunOptions, check, drop_without_effect, stored_values
 from training.presets import PRESETS
-from training.run import Run, RunOptions, check
+from training.run import Run
 
 
 @dataclass
@@ -35,7 +37,9 @@ class Config(RunOptions):
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
     img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
-    val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split
+    val_fraction: float = (
+        0.2  # part of the training images held out for validation: an 80/20 split; 0: all are trained on
+    )
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
     fold: str | None = None  # for cross-validation, in place of val_fraction: 0/5 holds out the first of five parts
     # names with commas between, cat,dog say, of those to train and test on; default: all. A name that has a comma
@@ -94,23 +98,27 @@ RATES = {
     "adam": {"lr": 2e-3, "weight_decay": 0.0},
     "sgd": {"lr": 0.1, "weight_decay": 5e-4},
 }
+# The same for `--dataset digits`, which has 1,150 training images where CIFAR-10 has 40,000.
+DIGITS = {"epochs": 12, "batch_size": 16}
 FINE_TUNING_RATE = 5e-4  # of AdamW and Adam on timm's published weights, as in BEiT (Bao et al. 2022)
 
 
 def main(args: list[str] | None = None) -> None:
-    config = cli.parse(Config, args, dependent_defaults)
+    config = cli.parse(Config, args, dependent_defaults, stored_values)
     with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
         data = load_images(config)
+        drop_without_effect(config, data)
 
         torch.manual_seed(config.seed)
         model = build_model(config.model, run.hyperparameters, data.image_size, len(data.classes))
         use_trained_weights(model, data, config)
-        run.describe(model, data)
+        run.describe(model, data, usual=dependent_defaults(config))
 
         options = {"shuffle": True, "augment": config.augment, "seed": config.seed}
         train_loader = data.loader("train", config.batch_size * config.grad_accum, run.device, **options, **run.share)
         val_loader, test_loader = (data.loader(part, 500, run.device, **run.share) for part in ("val", "test"))
+        validation = WithProgress(val_loader, "validating") if len(data.val) else None
 
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         schedule = build_schedule(optimizer, config.epochs * len(train_loader), config.warmup, config.schedule)
@@ -129,26 +137,29 @@ def main(args: list[str] | None = None) -> None:
         if config.patience:
             best = EarlyStopping(config.monitor, config.patience, config.min_improvement, run.save_best)
             runner.callbacks.append(best)
-        runner.callbacks += run.callbacks(val_loader)  # the GIF's frames, TensorBoard, checkpoints
+        runner.callbacks += run.callbacks(val_loader)  # live results, the GIF's frames, TensorBoard, checkpoints
 
         if not run.start(runner, train_loader):  # it had finished already
             return
         if config.compile:
             compile_training(runner, train_loader)
         if runner.epoch < config.epochs:
-            runner.train(train_loader, WithProgress(val_loader, "validating"), config.epochs - runner.epoch)
+            runner.train(train_loader, validation, config.epochs - runner.epoch)
         run.exit_if_interrupted(runner)
         run.finish(runner, WithProgress(test_loader, "testing"))  # tests once; model, report, pictures
 
 
 def dependent_defaults(config: Config) -> dict:
-    """What takes the place of defaults because of other flags: an optimiser's rates, a preset's values."""
-    optimizer = config.optimizer
+    """What takes the place of defaults because of other flags: the values of an optimiser, a data set, a preset."""
+    values, optimizer = {}, config.optimizer
     if config.model.startswith("timm:") and optimizer == "muon":
-        optimizer = "adamw"  # Muon is for the project's own blocks
-    values = {"optimizer": optimizer, **RATES.get(optimizer, {})} if optimizer != Config.optimizer else {}
+        values["optimizer"] = optimizer = "adamw"  # Muon is for the project's own blocks
+    if optimizer != Config.optimizer:
+        values |= RATES.get(optimizer, {})
     if (config.pretrained or config.pretrained_file) and optimizer in ("adam", "adamw"):
         values["lr"] = FINE_TUNING_RATE
+    if config.dataset == "digits":
+        values |= DIGITS
     return {**values, **PRESETS[config.preset]}
 
 
@@ -158,6 +169,9 @@ def load_images(config: Config) -> Dataset:
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
     if config.dataset == "auto":
         config.dataset = data.name
+        for name, value in dependent_defaults(config).items():
+            if name not in config.given:
+                setattr(config, name, value)
     if config.fold is not None:
         number, folds = map(int, config.fold.split("/"))
         data = data.fold(number, folds, config.split_seed)
@@ -165,11 +179,13 @@ def load_images(config: Config) -> Dataset:
         data = data.select(split_names(config.classes))
     if config.label_fraction < 1:
         data = data.part_of_labels(config.label_fraction, config.split_seed)
-    if not len(data.val):
+    if not len(data.val) and (config.val_fraction or config.fold):
         raise ValueError(f"no image of {data.name} is held out for validation: raise --val_fraction, or add pictures")
+    if not len(data.val) and config.patience:
+        raise ValueError("--patience needs validation images: leave it out, or raise --val_fraction")
     if config.batch_size * config.grad_accum > len(data.train):
-        times = f" times grad_accum {config.grad_accum}" if config.grad_accum > 1 else ""
-        raise ValueError(f"batch_size {config.batch_size}{times} is larger than the training set of {len(data.train)}")
+        config.batch_size = max(1, len(data.train) // (4 * config.grad_accum))  # four steps in each epoch
+        print(f"batch_size is {config.batch_size} here, as there are only {len(data.train)} training images")
     return data
 
 

@@ -77,7 +77,7 @@ def draw_progress(
     figure = new_figure(900, 420, dpi=100)
     add_text(figure, 14, 20, title, size=11, weight="bold")
     _draw_loss_and_accuracy(figure, metrics, top=52, height=134, size=8, total_steps=total_steps)
-    caption = "Validation images: the right class in green, and the three classes with the highest probability"
+    caption = "Six images: the right class in green, and the three classes with the highest probability"
     add_text(figure, 14, 240, caption, size=8.5)
     count = min(6, len(images))
     pixels = images[:count].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()

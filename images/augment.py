@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from support import cli
+
 # What torchvision does to each image, and to a batch and its labels: functions of torchvision's module, the colour that
 # fills what is left empty, and the number of classes.
 OF_IMAGES = {
@@ -47,7 +49,8 @@ def parse_augment(augment: str) -> list[str]:
     names = augment.split("+")
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"unknown augment {name!r}: choose {', '.join(NAMES)}, or several joined by +")
+            hint = cli.did_you_mean(name, NAMES)
+            raise ValueError(f"unknown augment {name!r}: choose {', '.join(NAMES)}, or several joined by +{hint}")
     if "none" in names and len(names) > 1:
         raise ValueError(f"augment {augment!r} makes no sense: none stands alone")
     return names

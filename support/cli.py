@@ -17,7 +17,7 @@ import sys
 import textwrap
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,20 +31,17 @@ _args: list[str] = sys.argv[1:]
 
 
 def parse(
-    config_class: type[T],
-    args: list[str] | None = None,
-    dependent_defaults: Callable[[T], dict] | None = None,
-    remember: bool = True,
+    config_class: type[T], args: list[str] | None = None, *layers: Callable[[T], dict], remember: bool = True
 ) -> T:
-    """The dataclass `config_class` with the values that the flags give.
+    """The dataclass `config_class` with the values that the flags give; its `given` are the names of those typed.
 
     A flag may be written with dashes or underscores. What is not known ends the program with one line on stderr and
     exit code 2.
 
     Args:
         args: the flags; None takes the command line's.
-        dependent_defaults: of a config, the values that take the place of defaults because of other flags: those of a
-            preset, say.
+        layers: each gives, of a config, values that take the place of defaults because of flags: those of a preset,
+            say. A later one goes before an earlier one, and what is typed before both.
         remember: whether this is the program's own command line, which `command` gives and errors are named after.
     """
     global _program, _args
@@ -58,10 +55,38 @@ def parse(
     flags = [_with_underscores(arg) for arg in args]
     parser = _build_parser(config_class)
     config = config_class(**_values(parser, flags))
-    if dependent_defaults is not None:
-        parser.set_defaults(**dependent_defaults(config))
-        config = config_class(**_values(parser, flags))
+    with one_line_errors():
+        for layer in layers:
+            parser.set_defaults(**layer(config))
+            config = config_class(**_values(parser, flags))
+    config.given = _given(config_class, flags)
     return config
+
+
+def _given(config_class: type, flags: list[str]) -> frozenset[str]:
+    """The names of what is typed, whatever its value."""
+    parser = _build_parser(config_class)
+    for action in parser._actions:  # argparse has no public list of its flags
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_args(flags)))
+
+
+def checked_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of stored values, by name, that are fields of `config_class`.
+
+    Raises:
+        ValueError: one that no flag could give.
+    """
+    hints, checked = get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            value, hint = values[field.name], hints[field.name]
+            choices = get_args(hint) if get_origin(hint) is Literal else None
+            kinds = {type(x) for x in choices} if choices else {*get_args(hint)} or {hint}
+            if not (value in choices if choices else type(value) in kinds or (float in kinds and type(value) is int)):
+                raise ValueError(f"{field.name} cannot be {value!r}")
+            checked[field.name] = value
+    return checked
 
 
 def _print_everything() -> None:
@@ -76,18 +101,25 @@ def command() -> list[str]:
     return _program + _args
 
 
-def again() -> list[str]:
-    """What repeats the call from the same folder: the script as it was typed, then the flags."""
+def script() -> str:
+    """The script as it was typed, so that it is found from the same folder."""
     typed = Path(sys.argv[0])
-    return [str(typed) if typed.name == _program[-1] else _program[-1], *_args]
+    return str(typed) if typed.name == _program[-1] else _program[-1]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known."""
+    similar = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = self._option_string_actions  # argparse has no public list of its flags
         for word in re.findall(r"--\w+", message.partition("unrecognized arguments:")[2]):
-            if similar := difflib.get_close_matches(word, known, 1):
-                message += f"; did you mean {similar[0]}?"
+            message += did_you_mean(word, known)
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], re.findall(r"[\w+]+", choice[2]))
         fail(f"{message} (--help shows all flags)")
 
 

@@ -90,7 +90,7 @@ ORIGIN = {"source": TEXT, "image_size": SIZE, "fingerprints": PARTS, "seen": {..
 METADATA = optional({"dataset": TEXT, "classes": CLASSES, **NORMALISATION}, **ORIGIN)  # of a model by train.py
 RESULTS = {
     "parameters": COUNT,
-    "val_accuracy": FRACTION,
+    "val_accuracy": maybe(FRACTION),  # null where nothing was validated
     "test_loss": NUMBER,
     "test_accuracy": FRACTION,
     "training_seconds": NOT_NEGATIVE,

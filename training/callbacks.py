@@ -1,19 +1,16 @@
-"""What hangs on a Runner, in its list of callbacks: clock, progress bar, averaged weights, early stopping, the GIF's
-frames, TensorBoard. And a compiled model."""
+"""What hangs on a Runner, in its list of callbacks: clock, progress bar, averaged weights, early stopping. And a
+compiled model."""
 
 import copy
 import shutil
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import utils
-from network import VisionTransformer
 from runner import Runner
 from support import distributed, schema
 
@@ -48,7 +45,9 @@ class Clock:
 
 
 class ProgressBar:
-    """A bar while an epoch runs, with loss and accuracy so far and the time left; then a line that stays.
+    """A bar while an epoch runs, with accuracy and loss so far and the time left; then a line that stays.
+
+    Both are as wide as the terminal: what matters least is left out. A log file gets no bar, but a line each minute.
 
     Args:
         clock: whose seconds `images/s` is of, so that pictures and validation do not count.
@@ -58,7 +57,8 @@ class ProgressBar:
         self.clock, self.bar = clock, None
 
     def train_start(self, runner: Runner) -> None:
-        self._began, self._first_step = time.perf_counter(), runner.step
+        self._began = self._said = time.perf_counter()
+        self._first_step = runner.step
         self._note_start(runner)
 
     def _note_start(self, runner: Runner) -> None:
@@ -68,16 +68,15 @@ class ProgressBar:
     def step_start(self, runner: Runner) -> None:
         if self.bar is None:
             self._note_start(runner)
-            options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": distributed.rank() > 0}
-            title = f"epoch {runner.epoch + 1}/{runner.total_epochs}"
-            self.bar = tqdm(desc=title, total=runner.steps_per_epoch, initial=runner.batch, unit="step", **options)
+            self.bar = new_bar(self._title(runner), runner.steps_per_epoch, runner.batch)
 
     def step_end(self, runner: Runner) -> None:
         if self.bar.update():  # it is time to redraw the bar
-            loss, correct, images = runner.totals.tolist()
-            skipped = f", {runner.skipped} steps skipped" if runner.skipped else ""
-            text = f"loss {loss / images:.3f}, accuracy {correct / images:.1%}, " if images else ""
-            self.bar.set_postfix_str(f"{text}{self._left(runner)} left in all{skipped}", refresh=False)
+            show(self.bar, self._parts(runner))
+        elif self.bar.disable and distributed.rank() == 0 and time.perf_counter() - self._said > 60:
+            self._said = time.perf_counter()
+            done = runner.batch / runner.steps_per_epoch
+            print("  ".join([self._title(runner), f"{done:4.0%}", *self._parts(runner)]), flush=True)
         if runner.batch == runner.steps_per_epoch:
             self.close()
 
@@ -87,20 +86,66 @@ class ProgressBar:
             self.bar = None
 
     def epoch_end(self, runner: Runner) -> None:
+        self.close()
+        self._said = time.perf_counter()
         loss, correct, images = runner.totals.tolist()
         images = max(images, 1)  # none where all steps were skipped
-        rate = (images - self._images) / max(self.clock.seconds - self._seconds, 1e-9)
-        line = f"epoch {runner.epoch:3d}/{runner.total_epochs}  train loss {loss / images:.4f} "
-        line += f"accuracy {correct / images:6.2%}"
+        title = f"epoch {runner.epoch:{len(str(runner.total_epochs))}d}/{runner.total_epochs}"
+        short = [title, f"train {correct / images:.2%} {loss / images:.4f}"]
+        long = [title, f"train accuracy {correct / images:.2%} loss {loss / images:.4f}"]
         if runner.metrics["val_step"][-1:] == [runner.step]:
-            line += f"  val loss {runner.metrics['val_loss'][-1]:.4f} "
-            line += f"accuracy {runner.metrics['val_accuracy'][-1]:6.2%}"
-        print(f"{line}  {rate:,.0f} images/s  {self._left(runner)} left", flush=True)
+            loss, accuracy = (runner.metrics[f"val_{what}"][-1] for what in ("loss", "accuracy"))
+            short.insert(1, f"val {accuracy:.2%} {loss:.4f}")
+            long.insert(1, f"val accuracy {accuracy:.2%} loss {loss:.4f}")
+        rest = [f"{self._left(runner)} left", self._rate(runner)]
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+        line = "  ".join(long + rest)
+        print(line if len(line) < width else fitted(short + rest, width - 1), flush=True)
+
+    def _title(self, runner: Runner) -> str:
+        return f"epoch {runner.epoch + 1}/{runner.total_epochs}"
+
+    def _parts(self, runner: Runner) -> list[str]:
+        """What the bar says, the most important first."""
+        loss, correct, images = runner.totals.tolist()
+        measured = [f"accuracy {correct / images:.1%}", f"loss {loss / images:.3f}"] if images else []
+        skipped = [f"{runner.skipped} steps skipped"] if runner.skipped else []
+        return [*measured[:1], f"{self._left(runner)} left", *skipped, *measured[1:], self._rate(runner)]
+
+    def _rate(self, runner: Runner) -> str:
+        images = runner.totals[2].item() - self._images
+        return f"{images / max(self.clock.seconds - self._seconds, 1e-9):,.0f} images/s"
 
     def _left(self, runner: Runner) -> str:
         """Time until the end, if it goes on as it did since training began, all that comes between included."""
         done = max(1, runner.step - self._first_step)
         return clock_time((runner.total_steps - runner.step) * (time.perf_counter() - self._began) / done)
+
+
+def new_bar(title: str, total: int, initial: int = 0) -> tqdm:
+    """A bar of tqdm on a terminal; in a log file, and in all processes but the first, one that shows nothing."""
+    disable = True if distributed.rank() > 0 else None
+    options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": disable}
+    return tqdm(desc=title, total=total, initial=initial, bar_format="{desc} {percentage:3.0f}% |{bar}|", **options)
+
+
+def show(bar: tqdm, parts: list[str], least: int = 8) -> None:
+    """Write behind the bar what fits of `parts`, with `least` characters for the bar itself."""
+    width = getattr(bar, "ncols", None) or shutil.get_terminal_size().columns
+    room = width - len(bar.desc) - len(" 100% || ") - least - 1
+    text = fitted(parts, room).replace("{", "{{").replace("}", "}}")
+    bar.bar_format = "{desc} {percentage:3.0f}% |{bar}| " + text
+
+
+def fitted(parts: list[str], width: int) -> str:
+    """The parts, two spaces between them, as far as they fit into `width` characters; the first ones come first."""
+    text = ""
+    for part in parts:
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
 
 
 class WithProgress:
@@ -110,7 +155,8 @@ class WithProgress:
         self.loader, self.title = loader, title
 
     def __iter__(self) -> Iterator:
-        return iter(tqdm(self.loader, self.title, unit="batch", leave=False, disable=distributed.rank() > 0))
+        disable = True if distributed.rank() > 0 else None  # None: only on a terminal
+        return iter(tqdm(self.loader, self.title, unit="batch", leave=False, disable=disable))
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -230,110 +276,3 @@ def compile_training(runner: Runner, loader: Iterable) -> None:
         runner.training_model = compiled
     else:
         print(f"--compile does not work here, going on without: {reason or 'it failed in another process'}")
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
-
-
-class Frames:
-    """Draws `count` frames of a GIF into `folder`, spread over all steps, besides those of the beginning and the end:
-    curves, and what the model says of six images of `loader`."""
-
-    def __init__(self, loader: Iterable, classes: list[str], folder: Path, count: int, title: str):
-        self.loader, self.classes, self.folder, self.count, self.title = loader, classes, folder, count, title
-
-    def train_start(self, runner: Runner) -> None:
-        if runner.step == 0:
-            for frame in self.folder.glob("frame_*.png"):
-                frame.unlink()
-            self._draw(runner)
-
-    def step_end(self, runner: Runner) -> None:
-        if runner.step % -(-runner.total_steps // self.count) == 0:
-            self._draw(runner)
-
-    def epoch_end(self, runner: Runner) -> None:
-        if runner.step == runner.total_steps:  # once more, now that the last validation is in
-            self._draw(runner)
-
-    def _draw(self, runner: Runner) -> None:
-        epoch, epochs = min(runner.epoch + 1, runner.total_epochs), runner.total_epochs
-        path = self.folder / f"frame_{runner.step:07d}.png"
-        runner.plot(self.loader, path, self.classes, f"{self.title}, epoch {epoch} of {epochs}")
-
-
-class TensorBoard:
-    """Writes for TensorBoard what a runner measures, and after each epoch its pictures: progress and attention.
-
-    Args:
-        folder: where; `tensorboard --logdir runs` shows it, or all that are in a folder above. A run that begins
-            empties it, one that is resumed strikes out what came after its checkpoint, and writes it again.
-        loader: of the images shown.
-        classes: class names.
-
-    Raises:
-        ValueError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, loader, classes: list[str]):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self.make_writer, self.folder, self.loader, self.classes = SummaryWriter, folder, loader, classes
-        self.rate = 0.0  # of the last step
-        threading.excepthook = self._thread_failed  # TensorBoard writes in a thread of its own
-
-    def _thread_failed(self, failure) -> None:
-        """A disk that is full is no traceback of the thread: the writer's next call raises the same error."""
-        if isinstance(failure.exc_value, OSError):
-            failure.exc_value.filename = str(self.folder)
-        else:
-            threading.__excepthook__(failure)
-
-    def train_start(self, runner: Runner) -> None:
-        if runner.step == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.writer = self.make_writer(str(self.folder), purge_step=runner.step or None)
-        self.entries = sum(step < runner.step for step in runner.metrics["train_step"])
-        if runner.step:
-            self._write_training(runner)
-            if runner.metrics["val_step"][-1:] == [runner.step]:
-                self.epoch_end(runner)
-        self.next_rate = learning_rate(runner)
-
-    def step_end(self, runner: Runner) -> None:
-        # the schedule has moved on: what it says now is the next step's
-        self.rate, self.next_rate = self.next_rate, learning_rate(runner)
-        self._write_training(runner)
-
-    def _write_training(self, runner: Runner) -> None:
-        new = (runner.metrics[f"train_{what}"][self.entries :] for what in ("step", "loss", "accuracy"))
-        for step, loss, accuracy in zip(*new, strict=True):
-            self.writer.add_scalar("loss/train", loss, step)
-            self.writer.add_scalar("accuracy/train", accuracy, step)
-        self.entries = len(runner.metrics["train_step"])
-        self.writer.add_scalar("learning_rate", self.rate, runner.step)
-
-    def epoch_end(self, runner: Runner) -> None:
-        for quantity in ("loss", "accuracy"):
-            if values := runner.metrics[f"val_{quantity}"]:
-                self.writer.add_scalar(f"{quantity}/val", values[-1], runner.step)
-        progress = runner.plot(self.loader, classes=self.classes)
-        self.writer.add_figure("progress", progress, runner.step, close=False)
-        if isinstance(runner.eval_model, VisionTransformer):
-            attention = utils.draw_attention(runner.eval_model, self.loader, self.classes)
-            self.writer.add_figure("attention", attention, runner.step, close=False)
-        self.writer.flush()
-
-    def state_dict(self) -> dict:
-        self.writer.flush()  # what a checkpoint holds is not written again
-        return {"rate": self.rate}
-
-    def load_state_dict(self, state: dict) -> None:
-        schema.check(state, {"rate": schema.NUMBER}, "TensorBoard")
-        self.rate = state["rate"]
-
-
-def learning_rate(runner: Runner) -> float:
-    return max(group["lr"] for group in runner.optimizer.param_groups)

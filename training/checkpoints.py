@@ -78,9 +78,18 @@ class Checkpoints:
                 f"{'; '.join(other_images)}: a run goes on with its images; choose another --name for others"
             )
         if changed and not changes_allowed:
-            raise CheckpointError(f"{'; '.join(changed.values())}: --resume_changed goes on with the change")
+            raise CheckpointError(
+                f"{'; '.join(changed.values())}: leave the flag out to go on as before (--resume with --name alone), "
+                "or go on with the change by --resume_changed"
+            )
         self._require_same_images(checkpoint)
         progress = checkpoint["runner"]["progress"]
+        if (
+            self.data
+            and progress["epoch"]
+            and bool(len(self.data.val)) != (len(checkpoint["runner"]["metrics"]["val_step"]) > 0)
+        ):
+            raise CheckpointError(f"{self.path} does not fit: it was validated where this run is not, or the reverse")
         if progress["epoch"] + (progress["batch"] > 0) > now["epochs"]:
             raise CheckpointError(
                 f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
@@ -109,8 +118,6 @@ class Checkpoints:
         return None
 
     def _read(self) -> dict:
-        if not self.path.exists():
-            raise CheckpointError(f"there is no {self.path} to resume from: run without --resume")
         checkpoint = read_file(self.path)
         try:
             schema.check(checkpoint, schema.CHECKPOINT)
@@ -135,13 +142,6 @@ class Checkpoints:
                 "--init_from names another model than the one that this run started from, or that file has changed: "
                 "put it back, or choose another --name for a new run"
             )
-
-    def set_interrupted_run_aside(self) -> None:
-        """Rename the checkpoint of an interrupted run, rather than have the new run of that name overwrite it."""
-        if is_checkpoint(self.path, interrupted=True):
-            aside = self.path.with_name(self.path.name + ".previous")
-            self.path.replace(aside)
-            print(f"an interrupted run of this name is now {aside}; to go on with it, rename it back and use --resume")
 
 
 def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
@@ -187,7 +187,7 @@ def restore_runner(runner: Runner, state: dict) -> None:
             raise ValueError(f"metrics of {part} have different lengths")
         if not all(0 <= value <= 1 for value in metrics[f"{part}_accuracy"]):
             raise ValueError(f"{part}_accuracy is not from 0 to 1")
-    if len(metrics["val_step"]) != progress["epoch"]:
+    if len(metrics["val_step"]) not in (0, progress["epoch"]):  # 0 where nothing is validated
         raise ValueError(f"{len(metrics['val_step'])} validations after {progress['epoch']} epochs")
     schema.require_like(state["model"], dict(runner.model.state_dict()), "model")
     schema.require_like(state["totals"], runner.totals.cpu(), "totals")

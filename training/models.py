@@ -34,7 +34,10 @@ def find_model(name: str) -> type[nn.Module]:
     if ".py:" in name:
         return import_class(name)
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose {', '.join(MODELS)}, timm:NAME, or my_model.py:MyNet")
+        hint = cli.did_you_mean(name.lower(), MODELS) or (
+            f"; did you mean {name}:ClassName?" if name.endswith(".py") else ""
+        )
+        raise ValueError(f"unknown model {name!r}: choose {', '.join(MODELS)}, timm:NAME, or my_model.py:MyNet{hint}")
     return MODELS[name]
 
 

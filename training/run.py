@@ -2,56 +2,30 @@
 
 import contextlib
 import dataclasses
-import errno
 import math
-import os
-import re
 import shlex
 import shutil
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 import utils
-from images.augment import parse_augment
-from images.loader import Dataset, ImageLoader, join_names, split_names
+from images.loader import Dataset, ImageLoader
 from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device
 from support import cli, distributed, schema
-from support.files import CheckpointError, write_bytes
+from support.files import CheckpointError, home
 from support.model import Model, num_parameters, read_model
 from support.report import provenance, read_json, write_json
-from training.callbacks import Clock, EarlyStopping, Frames, ProgressBar, TensorBoard
-from training.checkpoints import Checkpoints
-from training.models import find_model
+from training.callbacks import Clock, EarlyStopping, ProgressBar
+from training.checkpoints import Checkpoints, is_checkpoint
+from training.live import Frames, LiveResults, TensorBoard
+from training.options import hyperparameters, name_of, same_hyperparameters
 from training.parallel import OwnNumbers, ParallelRunner
-
-
-@dataclass
-class RunOptions:
-    """What concerns a run and not what is learned. All but the precision may change when it is resumed."""
-
-    # the run
-    name: str | None = None  # of the files written; default: the model's class, with the data set if not CIFAR-10
-    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
-    resume: bool = False  # go on from the last checkpoint of the run of this name
-    resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
-    checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
-    device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
-    # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
-    threads: int | None = None
-    # auto is bf16 on GPUs that have it, else fp32; on CPUs with AMX, too, bf16 is up to twice as fast
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
-    gif_frames: int = 40  # pictures in the GIF; 0 for none
-    gif_frame_duration: int = 250  # milliseconds that each is shown
-    tensorboard: bool = False  # also write scalars and pictures to runs/, for tensorboard --logdir runs
+from training.paths import Paths, release
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -91,7 +65,7 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
         if self.lock:
-            self.lock.release()
+            release(self.lock)
         with self._contexts:
             if isinstance(error, NonFiniteLoss) or (self.lock and isinstance(error, OSError)):
                 cli.fail(str(error), code=1)
@@ -99,32 +73,29 @@ class Run:
                 raise error
 
     @property
-    def hyperparameters(self) -> dict:
+    def hyperparameters(self) -> dict[str, Any]:
         """All of the config that does not concern the run alone, by name."""
-        own = {field.name for field in dataclasses.fields(RunOptions)} - {"precision"}
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in own}
+        return hyperparameters(self.config)
 
-    def describe(self, model: Model, data: Dataset) -> None:
-        """Say what is trained on what, and name the files after it; nothing is written yet."""
+    def describe(self, model: Model, data: Dataset, usual: dict[str, Any]) -> None:
+        """Say what is trained on what, and name the files after it; nothing is written yet.
+
+        Args:
+            usual: hyperparameters that go without saying; those that differ are in the name.
+        """
         config, self.data = self.config, data
         distributed.require_same(
             "hyperparameters and images", f"{self.hyperparameters} {data.name} {data.fingerprints}"
         )
-        names = data.classes if config.classes else []
-        chosen = names if len(names) <= 4 else [f"{len(names)}classes"]
-        suffix = ("" if data.name == "cifar10" else f"_{data.name}") + "".join(f"_{name}" for name in chosen)
-        label = Path(config.name).name if config.name else None
-        short = config.model if config.model in MODELS else model.title
-        self.paths = Paths(
-            Path(config.output_dir),
-            config.name or model.title + suffix,
-            gif=f"animation_{label or short + suffix}.gif",
-            attention=f"attention_maps_{label}.png" if label else f"attention_maps{suffix}.png",
-        )
-        self.title = f"{model.title} on {data.name}" + (f", {', '.join(chosen)}" if chosen else "")
+        name = config.name or name_of(model.title, data, config, usual)
+        self.paths = Paths(Path(config.output_dir or home()), name)
+        chosen = f", {', '.join(data.classes)}" if config.classes and len(data.classes) <= 4 else ""
+        self.title = f"{model.title} on {data.name}{chosen}"
         processes = f", in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-        size = f"{num_parameters(model):,} parameters, {len(data.train):,} training images"
+        size = f"{num_parameters(model):,} parameters, {len(data.train):,} images"
         print(f"{self.title}: {size}, on {self.device}{processes}", flush=True)
+        if not len(data.val):
+            print("all training images are trained on: nothing is validated, and nothing can be chosen by it")
 
     def runner(self, model: Model, optimizer: torch.optim.Optimizer, **options) -> Runner:
         """A Runner with clock and progress bar, for as many processes as there are."""
@@ -140,32 +111,82 @@ class Run:
         self.checkpoints = Checkpoints(paths.checkpoint, settings, config.checkpoint_minutes, self.data)
         if not self.first:
             return []
-        found = []
+        # the pictures show images that are held out, or where none are, the first of those that are trained on
+        loader = val_loader if len(self.data.val) else self.data.loader("train", 500, self.device)
+        self.live = LiveResults(paths.table, paths.curves, self.title)
+        found = [self.live]
         if config.gif_frames:
-            found.append(Frames(val_loader, self.data.classes, paths.frames, config.gif_frames, self.title))
+            found.append(Frames(loader, self.data.classes, paths.frames, config.gif_frames, self.title))
         if config.tensorboard:
-            found.append(TensorBoard(paths.tensorboard, val_loader, self.data.classes))
+            found.append(TensorBoard(paths.tensorboard, loader, self.data.classes))
         return [*found, self.checkpoints]
 
     def start(self, runner: Runner, train_loader: ImageLoader) -> bool:
-        """Claim the name, then go on from the checkpoint (--resume) or set that of an interrupted run aside. False
-        where the run that is to be resumed had finished."""
+        """Claim the name, then go on from the checkpoint (--resume) or set another run of that name aside. False where
+        the run that is to be resumed had finished."""
         if self.config.resume:
-            groups = cli.flag_groups(type(self.config))
-            images = {name for name, (title, _) in groups.items() if title == "data"}
-            free = {name for name in groups if name not in self.hyperparameters}
-            results = self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
+            results = self.finished() or self.resume(runner, train_loader)
             if results and self.has_written(runner, results):
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
                 return False
         if self.first:
             self.lock = self.paths.claim()
             if not self.config.resume:
-                self.checkpoints.set_interrupted_run_aside()
+                self.set_aside()
                 for path in (self.paths.best, self.paths.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
         self.stop_on_signals(runner)
         return True
+
+    def finished(self) -> dict | None:
+        """The results of this run, if it has ended and left no checkpoint."""
+
+        def read() -> dict | None:
+            if self.paths.checkpoint.exists() or not self.paths.report.exists():
+                return None
+            report = read_json(self.paths.report, schema.REPORT)
+            return report["results"] if same_hyperparameters(report["config"], self.config) else None
+
+        return distributed.broadcast(read)
+
+    def resume(self, runner: Runner, train_loader: ImageLoader) -> dict | None:
+        """Go on from the checkpoint; returns the results of a run that has ended."""
+        if not distributed.broadcast(self.paths.checkpoint.exists):
+            folder = self.paths.checkpoint.parent
+            others = sorted(path.stem for path in folder.glob("*.checkpoint") if is_checkpoint(path, interrupted=True))
+            listed = "; interrupted runs are there of --name " + ", ".join(others) if others else ""
+            raise CheckpointError(
+                f"there is no {self.paths.checkpoint} to resume from: run without --resume for a new run{listed}"
+            )
+        groups = cli.flag_groups(type(self.config))
+        images = {name for name, (title, _) in groups.items() if title == "data"}
+        free = {name for name in groups if name not in self.hyperparameters}
+        return self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
+
+    def set_aside(self) -> None:
+        """Rename what an interrupted run of this name has written, or one that learned something else, before it is
+        overwritten. The same run again takes its place."""
+        paths, why = self.paths, None
+        if is_checkpoint(paths.checkpoint, interrupted=True):
+            why = "an interrupted run"
+        elif paths.model.exists() or paths.report.exists():
+            try:
+                report = read_json(paths.report, schema.REPORT)
+                same = same_hyperparameters(report["config"], self.config)
+                if not same or report.get("images", self.data.fingerprint()) != self.data.fingerprint():
+                    why = "another run, with other hyperparameters or images,"
+            except CheckpointError:
+                why = "a model whose report is missing or damaged"
+        if why:
+            name = paths.set_aside()
+            print(f"{why} had the name {paths.name} and is now called {name}: {Paths(paths.root, name).model.parent}")
+            if why == "an interrupted run":
+                print(f"to go on with it: {shlex.join([*self.launcher(), '--resume', '--name', name])}")
+
+    def launcher(self) -> list[str]:
+        """What starts this script again in the same way, without its flags."""
+        where = ["--output_dir", self.config.output_dir] if self.config.output_dir else []
+        return [*distributed.launcher(), cli.script(), *where]
 
     def has_written(self, runner: Runner, results: dict) -> bool:
         """Whether model and report of the run, which ended with these results, are there and whole."""
@@ -198,9 +219,10 @@ class Run:
         if not number:
             return
         if self.first:
+            self.live.append(runner)
             self.checkpoints.write(runner)
         distributed.barrier()
-        command = shlex.join(distributed.launcher() + cli.again() + ([] if self.config.resume else ["--resume"]))
+        command = shlex.join([*self.launcher(), "--resume", "--name", self.paths.name])
         self.progress.close()
         print(f"\ninterrupted after step {runner.step}; to go on: {command}")
         raise SystemExit(128 + number)
@@ -220,12 +242,14 @@ class Run:
             raise NonFiniteLoss(f"the test loss is {test_loss}: the model is of no use on some of the test images")
         if not self.first:
             return
+        validated = bool(runner.metrics["val_loss"])
         results = {
             "parameters": num_parameters(runner.model),
             "epochs": runner.epoch,
             "tested_epoch": epoch,
-            "val_accuracy": runner.metrics["val_accuracy"][epoch - 1],
-            "val_loss": runner.metrics["val_loss"][epoch - 1],
+            "validated": validated,
+            "val_accuracy": runner.metrics["val_accuracy"][epoch - 1] if validated else None,
+            "val_loss": runner.metrics["val_loss"][epoch - 1] if validated else None,
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
             "training_seconds": round(self.clock.seconds, 1),
@@ -241,11 +265,13 @@ class Run:
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
         }
         write_json(self.paths.report, report)
-        written = [self.paths.model, self.paths.report, *self.draw_pictures(runner)]
-        print("wrote " + ", ".join(str(path) for path in written))
+        written = [self.paths.model, self.paths.report, self.paths.table, *self.draw_pictures(runner)]
+        print("wrote", *written, sep="\n  ")
         self.checkpoints.write(runner, results)
         shutil.rmtree(self.paths.frames, ignore_errors=True)  # only now: a run killed before this needs them again
-        tested = f"{self.data.name}, {len(self.data.test):,} images"
+        if not config.keep_checkpoint:
+            self.paths.checkpoint.unlink(missing_ok=True)
+        tested = f"{self.data.name}, {len(self.data.test):,} images" + ("" if validated else "; nothing was validated")
         print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({tested})")
 
     def draw_pictures(self, runner: Runner) -> list[Path]:
@@ -264,104 +290,3 @@ class Run:
         elif config.model not in MODELS:
             print(f"no pictures of attention: {runner.eval_model.title} does not give its attention weights")
         return written
-
-
-class Paths:
-    """Where a run writes.
-
-    Args:
-        root: the folder that holds all of it.
-        name: of the run; it may have a folder in front.
-        gif, attention: names of these two files.
-    """
-
-    def __init__(self, root: Path, name: str, gif: str, attention: str):
-        self.name = name
-        saved, figures = root / "saved" / name, root / "figures" / name
-        self.model = saved.with_name(f"{saved.name}.pt")  # the weights that the test figures belong to
-        self.best = saved.with_name(f"{saved.name}.best.pt")  # with --patience: the best until now
-        self.last = saved.with_name(f"{saved.name}.last.pt")  # and those that training ended with
-        self.report = saved.with_name(f"{saved.name}.json")
-        self.checkpoint = saved.with_name(f"{saved.name}.checkpoint")
-        self.lock = saved.with_name(f"{saved.name}.lock")
-        self.curves = figures.with_name(f"{figures.name}_curves.png")
-        self.frames = figures.with_name(f"{figures.name}_frames")
-        self.attention = figures.with_name(attention)
-        self.gif = root / gif
-        self.tensorboard = root / "runs" / name
-
-    def claim(self) -> FileLock:
-        """Make the folders, make sure now that they can be written, and lock the name.
-
-        The lock is also released when this process ends, however it ends.
-
-        Raises:
-            OSError: a folder that cannot be written.
-            ValueError: another run of this name is under way.
-        """
-        longest = {}  # name in each folder
-        for path in vars(self).values():
-            if isinstance(path, Path) and path != self.tensorboard:
-                known = longest.get(path.parent, path)
-                longest[path.parent] = max(known, path, key=lambda path: len(os.fsencode(path.name)))
-        for path in longest.values():
-            probe = path.with_name(f"{path.name}.tmp")  # as it is called while it is written
-            try:
-                write_bytes(probe, b"")
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
-                    raise
-                raise ValueError(f"{path.name} is too long for a file here: choose a shorter --name") from None
-            probe.unlink()
-        lock = FileLock(self.lock)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another run named {self.name} is under way here: choose another --name") from None
-        return lock
-
-
-# ------------------------------------------------------------------------------------- what cannot be trained
-
-POSITIVE = ("epochs", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
-NOT_NEGATIVE = ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration")
-BELOW_ONE = ("warmup", "label_smoothing", "ema")  # and at least 0
-FRACTIONS = ("layer_decay", "label_fraction")  # above 0 and at most 1
-
-
-def check(config) -> None:
-    """Refuse what cannot be trained, before data are loaded; what is not refused here, constructors refuse before
-    anything is written.
-
-    Raises:
-        ValueError: naming the hyperparameter.
-    """
-    for names, holds, what in (
-        (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
-        (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
-        (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
-        (FRACTIONS, lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-        (("seed",), lambda x: 0 <= x < 2**32, "must be in [0, 2**32)"),
-        (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
-    ):
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise ValueError(f"{name} {getattr(config, name)} {what}")
-    parse_augment(config.augment)
-    find_model(config.model)
-    if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
-        raise ValueError(f"fold {config.fold} must be a number and how many there are: 0/5 is the first of five")
-    if config.classes:
-        config.classes = join_names(split_names(config.classes))
-    timm, weights = config.model.startswith("timm:"), config.pretrained or config.pretrained_file
-    if timm and config.optimizer == "muon":
-        raise ValueError("--optimizer muon is for the project's own blocks: choose adamw, adam or sgd for timm's")
-    if weights and not timm:
-        raise ValueError(f"--pretrained is for timm's models: --model {config.model} can start with --init_from")
-    if weights and config.init_from:
-        raise ValueError("--init_from and --pretrained both say what weights to start from: choose one")
-    if config.freeze == "backbone" and not (config.init_from or weights):
-        raise ValueError("--freeze backbone is for trained weights: say --init_from, --pretrained or --pretrained_file")
-    parts = re.split(r"[/\\]", "name" if config.name is None else config.name)
-    if {"", ".", ".."} & set(parts):
-        raise ValueError(f"name {config.name!r} must be that of a file in saved/, with or without folders before it")

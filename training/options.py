@@ -1,0 +1,238 @@
+"""Options of a run: those that concern the run alone, what is refused, what has no effect, and what a run is called."""
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from images.augment import parse_augment
+from images.loader import Dataset, join_names, split_names
+from support import cli, schema
+from support.files import CheckpointError, find_file, home, read_file
+from support.report import read_json
+from training.models import find_model
+
+
+@dataclass
+class RunOptions:
+    """What concerns a run and not what is learned. All but the precision may change when it is resumed."""
+
+    # the run
+    name: str | None = None  # of the files written; default: the model's, and what differs from the defaults
+    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
+    output_dir: str | None = None  # the folder that saved/, figures/ and the GIF go to; default: the project's
+    config: str | None = None  # saved/<name>.json: the hyperparameters of that run, where no flag says otherwise
+    resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
+    resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
+    checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
+    keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
+    device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
+    # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
+    threads: int | None = None
+    # auto is bf16 on GPUs that have it, else fp32; on CPUs with AMX, too, bf16 is up to twice as fast
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
+    gif_frames: int = 40  # most pictures in the GIF, which has eight for one epoch and two for each other; 0: no GIF
+    gif_frame_duration: int = 250  # milliseconds that each is shown
+    tensorboard: bool = False  # also write scalars and pictures to runs/, for tensorboard --logdir runs
+
+
+OWN = {field.name for field in dataclasses.fields(RunOptions)} - {"precision"}  # what concerns the run alone
+
+
+def hyperparameters(config) -> dict[str, Any]:
+    """All of the config that does not concern the run alone, by name."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
+
+
+# ---------------------------------------------------------------------------------------------- of an earlier run
+
+
+def stored_values(config) -> dict[str, Any]:
+    """What takes the place of defaults because an earlier run is repeated (--config) or continued (--resume --name).
+
+    Raises:
+        CheckpointError: there is no such run, or its file is damaged.
+        ValueError: flags that say two things at once.
+    """
+    if config.config:
+        if config.resume:
+            raise ValueError("--config begins a new run and --resume continues one: choose one")
+        path = find_file(config.config)
+        stored, own = read_json(path, schema.REPORT)["config"], OWN
+    elif config.resume and config.name:
+        root = Path(config.output_dir or home()) / "saved"
+        path, report = root / f"{config.name}.checkpoint", root / f"{config.name}.json"
+        if path.exists():
+            stored = read_file(path).get("config", {})
+        elif report.exists():
+            path, stored = report, read_json(report, schema.REPORT)["config"]
+        else:
+            return {}
+        own = {"name", "output_dir", "config", "resume", "resume_changed"}
+    else:
+        return {}
+    try:
+        schema.check(stored, {...: schema.PLAIN}, "config")
+        return cli.checked_values(type(config), {k: v for k, v in in_todays_words(stored).items() if k not in own})
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config as it would be stored today: earlier versions had other words for some values."""
+    words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
+    words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
+    return {
+        name: words[name][value] if name in words and value in words[name] else value for name, value in stored.items()
+    }
+
+
+def same_hyperparameters(stored: dict[str, Any], config) -> bool:
+    """Whether a stored config says to learn the same; what an earlier version did not know is as it is by default."""
+    before, now = {**hyperparameters(type(config)()), **in_todays_words(stored)}, hyperparameters(config)
+    free = {"preset"} | {name for name in ("dataset", "precision") if before[name] == "auto"}
+    return all(before[name] == value for name, value in now.items() if name not in free)
+
+
+# ------------------------------------------------------------------------------------------ what a run is called
+
+VALUES = ("preset", "augment", "optimizer", "schedule", "pooling", "tokenizer", "precision")  # say what they are of
+
+
+def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
+    """A run's name: the model's, the data's if not CIFAR-10, and each hyperparameter that differs from `usual`.
+
+    `VisionTransformer`, `VisionTransformer_quick`, `CNN_epochs5_lr0.002`, `VisionTransformer_cat_dog_patch8`.
+    """
+    names = data.classes if config.classes else []
+    parts = [title] + ([] if data.name == "cifar10" else [data.name])
+    parts += names if len(names) <= 4 else [f"{len(names)}classes"]
+    usual = {**hyperparameters(type(config)()), **usual}
+    changed = {name: value for name, value in hyperparameters(config).items() if value != usual[name]}
+    precision = {name: changed.pop(name, None) for name in ("model", "dataset", "classes", "precision")}["precision"]
+    if "precision" in config.given and precision:  # where it is chosen by the machine, it goes without saying
+        changed["precision"] = precision
+    parts += [_label(name, value) for name, value in changed.items()]
+    text = re.sub(r"[^\w.+=-]", "-", "_".join(parts))
+    if len(text) > 100:  # a file's name has at most 255 bytes, and has to be read
+        text = f"{text[:90]}_{hash_of(text)}"
+    return text
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _label(name: str, value: Any) -> str:
+    short = name.removeprefix("num_").removesuffix("_size")
+    if name in VALUES and value != "none":
+        return str(value)
+    if value is True:
+        return name
+    if name == "val_fraction" and value == 0:
+        return "all"
+    if name in ("init_from", "pretrained_file"):
+        return f"from_{Path(value).stem}"
+    if isinstance(value, str):
+        return f"{short}_{value}".replace("/", "of")
+    return f"{short}{value:g}" if isinstance(value, int | float) else f"{short}_{value}"
+
+
+# ------------------------------------------------------------------------------------------- what has no effect
+
+
+def drop_without_effect(config, data: Dataset) -> None:
+    """Say which flags change nothing in this run, and put them back to their defaults, so that neither the name nor the
+    report says that they did."""
+    reasons = without_effect(config, data)
+    flags = {name: reason for name, reason in reasons.items() if name in config.given}
+    for reason in dict.fromkeys(flags.values()):
+        names = [f"--{name}" for name in flags if flags[name] == reason]
+        print(f"{', '.join(names)} {'have' if len(names) > 1 else 'has'} no effect {reason}")
+    preset = [name for name, reason in reasons.items() if name not in config.given and reason.startswith("on a")]
+    default = type(config)()
+    preset = [name for name in preset if getattr(config, name) != getattr(default, name)]
+    if preset and config.preset != "default":
+        print(f"what --preset {config.preset} says of {', '.join(preset)} has no effect {reasons[preset[0]]}")
+    for name in [*flags, *preset]:
+        setattr(config, name, getattr(default, name))
+
+
+def without_effect(config, data: Dataset) -> dict[str, str]:
+    """Of each hyperparameter that cannot change anything in this run, the reason: "on a CNN"."""
+    groups = cli.flag_groups(type(config))
+    wanted = inspect.signature(find_model(config.model).__init__).parameters
+    what = "a timm model" if config.model.startswith("timm:") else f"a {MODEL_NAMES.get(config.model, config.model)}"
+    found = {
+        name: f"on {what}"
+        for name, (title, _) in groups.items()
+        if title == "model" and name != "model" and name not in wanted
+    }
+
+    def add(names: str, reason: str, applies: bool) -> None:
+        found.update({name: reason for name in names.split() if applies and name not in found})
+
+    add("tokenizer_depth", "without --tokenizer conv", config.tokenizer != "conv")
+    add("monitor min_improvement", "without --patience", not config.patience)
+    add("pretrained", "beside --pretrained_file", bool(config.pretrained_file))
+    add("val_fraction", "with --fold", config.fold is not None)
+    has_val = data.is_folder and (Path(data.source) / "val").is_dir()
+    add("val_fraction split_seed", "on a folder with pictures in val/", has_val and not config.fold)
+    add("resume_changed", "without --resume", not config.resume)
+    add("gif_frame_duration", "without a GIF", not config.gif_frames)
+    add("data_dir", f"on {data.name}", data.name == "digits" or data.is_folder)
+    return found
+
+
+MODEL_NAMES = {"vit": "ViT", "cnn": "CNN", "mlp": "MLP"}
+
+
+# ------------------------------------------------------------------------------------- what cannot be trained
+
+POSITIVE = ("epochs", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
+NOT_NEGATIVE = ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration")
+BELOW_ONE = ("warmup", "label_smoothing", "ema")  # and at least 0
+FRACTIONS = ("layer_decay", "label_fraction")  # above 0 and at most 1
+
+
+def check(config) -> None:
+    """Refuse what cannot be trained, before data are loaded; what is not refused here, constructors refuse before
+    anything is written.
+
+    Raises:
+        ValueError: naming the hyperparameter.
+    """
+    for names, holds, what in (
+        (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
+        (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
+        (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
+        (FRACTIONS, lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+        (("seed",), lambda x: 0 <= x < 2**32, "must be in [0, 2**32)"),
+        (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
+    ):
+        for name in names:
+            if not holds(getattr(config, name)):
+                raise ValueError(f"{name} {getattr(config, name)} {what}")
+    parse_augment(config.augment)
+    find_model(config.model)
+    if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
+        raise ValueError(f"fold {config.fold} must be a number and how many there are: 0/5 is the first of five")
+    if config.classes:
+        config.classes = join_names(split_names(config.classes))
+    timm, weights = config.model.startswith("timm:"), config.pretrained or config.pretrained_file
+    if timm and config.optimizer == "muon":
+        raise ValueError("--optimizer muon is for the project's own blocks: choose adamw, adam or sgd for timm's")
+    if weights and not timm:
+        raise ValueError(f"--pretrained is for timm's models: --model {config.model} can start with --init_from")
+    if weights and config.init_from:
+        raise ValueError("--init_from and --pretrained both say what weights to start from: choose one")
+    if config.freeze == "backbone" and not (config.init_from or weights):
+        raise ValueError("--freeze backbone is for trained weights: say --init_from, --pretrained or --pretrained_file")
+    parts = re.split(r"[/\\]", "name" if config.name is None else config.name)
+    if {"", ".", ".."} & set(parts):
+        raise ValueError(f"name {config.name!r} must be that of a file in saved/, with or without folders before it")
