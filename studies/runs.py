@@ -23,7 +23,7 @@ from support import cli, schema
 from support.files import CheckpointError, write_bytes
 from support.report import provenance, read_json, write_json
 from training.checkpoints import is_checkpoint
-from training.run import RunOptions
+from training.options import RunOptions
 
 Runs = dict[str, str]  # name -> flags to train.py
 

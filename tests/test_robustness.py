@@ -24,8 +24,8 @@ from images.loader import Dataset
 from network import Model, VisionTransformer
 from runner import Runner
 from support import files
-from training.callbacks import Frames
 from training.checkpoints import Checkpoints
+from training.live import Frames
 from training.run import Run
 
 NAME = "VisionTransformer_digits"

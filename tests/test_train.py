@@ -28,8 +28,9 @@ from support import cli
 from support.files import read_file
 from training.checkpoints import Checkpoints
 from training.optim import OPTIMIZERS, SCHEDULES
+from training.options import check
 from training.presets import PRESETS
-from training.run import Run, check
+from training.run import Run
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(train.Config)}
 

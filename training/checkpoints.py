@@ -84,12 +84,6 @@ class Checkpoints:
             )
         self._require_same_images(checkpoint)
         progress = checkpoint["runner"]["progress"]
-        if (
-            self.data
-            and progress["epoch"]
-            and bool(len(self.data.val)) != (len(checkpoint["runner"]["metrics"]["val_step"]) > 0)
-        ):
-            raise CheckpointError(f"{self.path} does not fit: it was validated where this run is not, or the reverse")
         if progress["epoch"] + (progress["batch"] > 0) > now["epochs"]:
             raise CheckpointError(
                 f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
@@ -126,6 +120,9 @@ class Checkpoints:
         return checkpoint
 
     def _require_same_images(self, checkpoint: dict) -> None:
+        done, validations = checkpoint["runner"]["progress"]["epoch"], len(checkpoint["runner"]["metrics"]["val_step"])
+        if self.data and validations != (done if len(self.data.val) else 0):
+            raise CheckpointError(f"{self.path} does not fit: {validations} validations in {done} epochs")
         if self.data is None or ("fingerprints" not in checkpoint and not self.data.is_folder):
             return  # what earlier versions wrote; the other data sets never change
         before = checkpoint.get("fingerprints")
