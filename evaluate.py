@@ -24,6 +24,7 @@ import utils
 from network import Model
 from runner import choose_device
 from support import cli
+from support.files import home
 from support.report import provenance, write_json
 from support.significance import paired_bootstrap, wilson
 from training.trained import load_model, mean_probabilities, predict, test_loader
@@ -39,7 +40,7 @@ class Config:
     models: tuple[str, ...]  # files that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "figures"  # the folder that pictures and figures go to
+    output_dir: str | None = None  # the folder that pictures and figures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     batch_size: int = 500  # images at a time
     ensemble: bool = False  # also the mean of the models' probabilities, against each of them
@@ -102,7 +103,7 @@ FLIPPED = ", with mirror images"  # in titles
 
 
 def prefix_of(name: str, config: Config) -> Path:
-    return Path(config.output_dir) / (name + "_flip" * config.flip)
+    return Path(config.output_dir or home() / "figures") / (name + "_flip" * config.flip)
 
 
 class Answers(NamedTuple):

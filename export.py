@@ -35,7 +35,7 @@ from images.augment import import_torchvision
 from images.loader import ImageLoader
 from network import Model
 from support import cli
-from support.files import write_bytes
+from support.files import find_file, home, write_bytes
 from support.report import provenance, write_json
 from training.trained import load_model, predict, test_loader
 
@@ -54,7 +54,7 @@ class Config:
     checkpoint: str  # a file that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     output_dir: str | None = None  # the folder that the exported files go to; default: that of the model
-    figures_dir: str = "figures"  # the folder that the table goes to, as JSON
+    figures_dir: str | None = None  # the folder that the table goes to, as JSON; default: the project's figures/
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     images: int = 1000  # test images on which the exported files must agree with the model
     latency: bool = True  # milliseconds at batch 1 and 128: --no_latency leaves them out
@@ -91,8 +91,9 @@ def export(model: Model, loader: ImageLoader, config: Config) -> dict:
     Raises:
         Disagreement: an exported file gives other answers than the model; nothing has been written then.
     """
-    name = Path(config.checkpoint).stem
-    prefix = Path(config.output_dir or Path(config.checkpoint).parent) / name
+    model_path = find_file(config.checkpoint)
+    name = model_path.stem
+    prefix = Path(config.output_dir or model_path.parent) / name
     onnx_path, program_path, small_path = (prefix.with_name(name + end) for end in (".onnx", ".pt2", ".int8.onnx"))
     print(f"exporting {config.checkpoint}, {model.title} ...", flush=True)
     program = to_program(model)
@@ -107,7 +108,7 @@ def export(model: Model, loader: ImageLoader, config: Config) -> dict:
         "ONNX Runtime, 8 bits": onnx_predictor(small_bytes, config.threads),
     }
     logits, labels = predict(model, loader)
-    sizes = [Path(config.checkpoint).stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
+    sizes = [model_path.stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
     rows = {who: {"bytes": size} for who, size in zip(predictors, sizes, strict=True)}
     for who, row in rows.items():
         exact = who in ("ONNX Runtime", "ExportedProgram")
@@ -145,7 +146,7 @@ def export(model: Model, loader: ImageLoader, config: Config) -> dict:
         write_bytes(path, contents)
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
-    report_path = Path(config.figures_dir) / f"{name}_export.json"
+    report_path = Path(config.figures_dir or home() / "figures") / f"{name}_export.json"
     write_json(report_path, report)
     print("wrote " + ", ".join(map(str, [*written, report_path])))
     return report

@@ -36,6 +36,7 @@ from runner import Runner
 from studies.peers import ReferenceViT, time_run, train_cct_2
 from studies.runs import markdown
 from support import cli, schema
+from support.files import home
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import count_flops
@@ -58,7 +59,11 @@ class Config:
     repeats: int = 15  # timed steps of each contender
     threads: int = 1  # of torch
     data_dir: str | None = None  # where CIFAR-10 lies
-    output_dir: str = "figures"  # where the results go
+    output_dir: str | None = None  # where the results go; default: the project's figures/
+
+    @property
+    def figures(self) -> Path:
+        return Path(self.output_dir or home() / "figures")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -77,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def store(config: Config, name: str, results: dict) -> None:
-    path = Path(config.output_dir) / f"{name}.json"
+    path = config.figures / f"{name}.json"
     write_json(path, {**results, "provenance": provenance()})
     print(f"wrote {path}")
 
@@ -250,7 +255,7 @@ def measure_cost(config: Config) -> dict:
             exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
     print_table(rows, "varied batch_size patch_size hidden_size num_blocks seconds:.3f memory_mb:.0f")
     print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
-    draw_cost(rows, exponents, Path(config.output_dir) / "cost.png")
+    draw_cost(rows, exponents, config.figures / "cost.png")
     return {"rows": rows, "exponents": exponents}
 
 
@@ -331,7 +336,7 @@ def time_to_accuracy(config: Config) -> dict:
     print(f"Training until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)")
     for seed in range(config.seeds):
         for contender, rows in reached.items():
-            path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
+            path = config.figures / f"time_to_accuracy_{contender}_{seed}.json"
             if path.exists():
                 history = read_json(path, schema.HISTORY, "; delete it and run again")["history"]
             else:

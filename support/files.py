@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-
 ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 

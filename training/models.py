@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from images.augment import import_torchvision
 from network import MODELS
 from support import cli, schema
-from support.files import CheckpointError, require_reasonable_size
+from support.files import CheckpointError, find_file, require_reasonable_size
 from support.model import Model, first_reason, no_larger_than, read_model
 
 
@@ -86,7 +86,7 @@ def import_class(where: str) -> type[nn.Module]:
         ValueError: there is no such file, or no such `nn.Module` in it.
     """
     file, _, name = where.rpartition(":")
-    path = Path(file).resolve()
+    path = find_file(file).resolve()
     if not path.is_file():
         raise ValueError(f"--model {where}: there is no file {file}")
     cli.own_files.add(str(path))
@@ -137,6 +137,7 @@ def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Mod
     Raises:
         CheckpointError: no usable file, or one with a model of another class.
     """
+    path = find_file(path)
     if own_class is None:
         return Model.load(path)
     contents = read_model(path)
@@ -293,6 +294,7 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
     import timm
 
     name = model.config["name"]
+    path = None if path is None else str(find_file(path))
     if path is not None and not Path(path).is_file():
         raise ValueError(f"the weights of {name} are not available from {path}: there is no such file")
     if path is not None:
