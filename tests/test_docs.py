@@ -130,7 +130,8 @@ def copy(tmp_path):
     for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    for name in ("photo.jpg", "another.png"):
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "another.png", "photos/one.png"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name)
     return tmp_path
 

@@ -446,10 +446,10 @@ def test_every_json_is_strict_where_there_is_one_test_image_of_one_class(tmp_pat
     flags = "--dataset pets --img_size 8 --hidden_size 8 --num_heads 2 --num_blocks 1 --batch_size 8 --epochs 1"
     run_main("train.py", *flags.split(), "--lr", 1e-12, "--gif_frames", 0, "--device", "cpu")  # all answers are equal
     model = tmp_path / "saved" / "VisionTransformer_pets.pt"
-    run_main("evaluate.py", model, "--device", "cpu")
-    run_main("explain.py", "--checkpoint", model, "--device", "cpu", "--rows", 1)
+    run_main("evaluate.py", model, "--device", "cpu", "--output_dir", "figures")
+    run_main("explain.py", "--checkpoint", model, "--device", "cpu", "--rows", 1, "--output_dir", "figures")
     importer = ("studies.faithfulness", "--checkpoint", model, "--device", "cpu", "--images", 1, "--steps", 2)
-    run_main(*importer)
+    run_main(*importer, "--output_dir", "figures")
     written = [*tmp_path.glob("saved/*.json"), *tmp_path.glob("figures/*.json")]
     assert len(written) == 3
     for path in written:
@@ -458,7 +458,7 @@ def test_every_json_is_strict_where_there_is_one_test_image_of_one_class(tmp_pat
     evaluation = read_json(tmp_path / "figures" / "VisionTransformer_pets_evaluation.json")
     assert evaluation["images"] == 1 and evaluation["accuracy"] in (0, 1)
     assert [row["recall"] is None for row in evaluation["classes"]] == [False, True]
-    code, line = outcome("evaluate.py", model, "--flip", "--device", "cpu")
+    code, line = outcome("evaluate.py", model, "--flip", "--device", "cpu", "--output_dir", "figures")
     assert code == 2 and "two test images or more" in line
 
 

@@ -64,7 +64,7 @@ def test_notebooks_run_from_the_root_too(copy):
 
 
 def test_attention_maps_does_without_the_faithfulness_results(copy):
-    for path in (copy / "figures").glob("faithfulness*"):
+    for path in (copy / "figures").glob("*_faithfulness*"):
         path.unlink()
     assert any("python -m studies.faithfulness" in text for text in texts(execute(copy, "attention_maps")))
 

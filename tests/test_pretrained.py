@@ -341,10 +341,9 @@ def test_a_timm_model_is_trained_evaluated_and_asked(tmp_path, monkeypatch, weig
     run_main("evaluate.py", path, "--output_dir", tmp_path / "evaluated")
     assert "test_vit on the 8 test images" in capsys.readouterr().out
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    monkeypatch.chdir(tmp_path)
-    run_main("predict.py", tmp_path / "red.png", "--checkpoint", path)
+    run_main("predict.py", tmp_path / "red.png", "--checkpoint", path, "--output_dir", tmp_path / "figures")
     assert "no pictures of attention: test_vit does not give its attention weights" in capsys.readouterr().out
-    assert (tmp_path / "figures" / "red_prediction.png").exists()
+    assert (tmp_path / "figures" / f"{path.stem}_prediction_red.png").exists()
 
 
 def test_rates_are_those_for_fine_tuning_where_timms_weights_are(tmp_path, monkeypatch, weight_file):
