@@ -25,7 +25,7 @@ from network import Model
 from runner import choose_device
 from support import cli
 from support.files import home
-from support.report import provenance, write_json
+from support.report import provenance, write_results
 from support.significance import paired_bootstrap, wilson
 from training.trained import load_model, mean_probabilities, predict, test_loader
 
@@ -144,8 +144,9 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
     draw_confusion(report["confusion_matrix"], classes, files[0], title)
     draw_calibration(report, files[1], title)
     draw_mistakes(images, probabilities, labels, classes, files[2], title)
-    files.append(prefix.with_name(f"{prefix.name}_evaluation.json"))
-    write_json(files[-1], report)
+    report_path = prefix.with_name(f"{prefix.name}_evaluation.json")
+    if write_results(report_path, report):
+        files.append(report_path)
     print("\nwrote " + ", ".join(str(file) for file in files))
     return report
 
@@ -214,8 +215,8 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
         lines.append(f"| {row['name']} | {row['accuracy']:.2%} | {row['loss']:.4f} | {error:.2%} | {gain} |")
     print("\n" + "\n".join(lines))
     draw_ensemble(report, prefix.with_name(f"{prefix.name}.png"), title)
-    write_json(prefix.with_name(f"{prefix.name}.json"), report)
-    print(f"\nwrote {prefix}.png, {prefix}.json")
+    written = write_results(prefix.with_name(f"{prefix.name}.json"), report)
+    print(f"\nwrote {prefix}.png" + (f", {prefix}.json" if written else ""))
     return report
 
 

@@ -36,7 +36,7 @@ from images.loader import ImageLoader
 from network import Model
 from support import cli
 from support.files import find_file, home, write_bytes
-from support.report import provenance, write_json
+from support.report import provenance, write_results
 from training.trained import load_model, predict, test_loader
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -147,8 +147,9 @@ def export(model: Model, loader: ImageLoader, config: Config) -> dict:
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
     report_path = Path(config.figures_dir or home() / "figures") / f"{name}_export.json"
-    write_json(report_path, report)
-    print("wrote " + ", ".join(map(str, [*written, report_path])))
+    timings = tuple(f"milliseconds_batch_{size}" for size in BATCH_SIZES)
+    stored = [report_path] if write_results(report_path, report, timings) else []
+    print("wrote " + ", ".join(map(str, [*written, *stored])))
     return report
 
 

@@ -20,7 +20,7 @@ import utils
 from explain import choose_images, picture_path
 from runner import choose_device
 from support import cli
-from support.report import provenance, write_json
+from support.report import provenance, write_results
 from training.heatmaps import patch_grid, patch_scores
 from training.trained import load_model
 
@@ -53,9 +53,9 @@ def main(args: list[str] | None = None) -> None:
         dataset = model.metadata["dataset"]
         picture = picture_path(config.output_dir, config.checkpoint, "faithfulness")
         report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
-        write_json(picture.with_suffix(".json"), {**report, "provenance": provenance()})
+        written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance()})
         draw(report, picture, f"{model.title} on {dataset}")
-        print(f"wrote {picture} and .json beside it")
+        print(f"wrote {picture}" + (" and .json beside it" if written else ""))
 
 
 def measure(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import train
 from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
-from support.report import provenance, read_json, write_json
+from support.report import provenance, read_json, write_results
 from training.checkpoints import is_checkpoint
 from training.run import RunOptions
 
@@ -212,7 +212,8 @@ def write_study(
     # where files lie on one machine says nothing to others
     local = {field.name for field in dataclasses.fields(StudyOptions)} - {"dataset"}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
-    write_json(paths[1], {"config": settings, **results, "provenance": provenance()})
+    if not write_results(paths[1], {"config": settings, **results, "provenance": provenance()}):
+        paths.pop()
     print("wrote " + ", ".join(map(str, [*paths, *pictures])))
     if failed:
         cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
