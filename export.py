@@ -31,10 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
@@ -43,12 +41,11 @@ from images.loader import ImageLoader, Split
 from network import Model
 from setup_cifar import CIFAR, DATASETS
 from support import cli
-from support.files import ROOT, find_file, home, write_bytes
+from support.files import find_file, home, write_bytes
 from support.report import provenance, write_results
-from training.trained import load_model, predict, test_loader
+from training.trained import SHEET, load_model, predict, read_sheet, test_loader
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-SHEET = ROOT / "demos" / "cifar10_samples.png"
 TOLERANCE = 1e-3  # largest difference of logits, as a part of the largest logit: rounding makes some 1e-6 of it
 LOSS_ALLOWED = 0.005  # of test accuracy, a fraction, for which the file in 8 bits is still kept
 BATCH_SIZES = (1, 128)  # whose latency is measured
@@ -173,7 +170,7 @@ def images_to_check(model: Model, data_dir: str | None) -> tuple[ImageLoader, st
     if is_here(metadata, data_dir):
         return test_loader(model, data_dir, 500, "cpu"), None
     if metadata["dataset"] == "cifar10" and SHEET.is_file():
-        images, what = read_sheet(SHEET), "the 200 test images of demos/cifar10_samples.png"
+        (images, _), what = read_sheet(), "the 200 test images of demos/cifar10_samples.png"
     else:
         generator = torch.Generator().manual_seed(0)
         shape = (200, 3, model.image_size, model.image_size)
@@ -193,13 +190,6 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
         return True
     folders = [Path(metadata.get("source", dataset)), *([Path(data_dir) / "train"] if data_dir else [])]
     return any(folder.is_dir() for folder in folders)
-
-
-def read_sheet(path: Path) -> torch.Tensor:
-    """The pictures of a sheet that is 20 wide, uint8 `(n, 3, 32, 32)`."""
-    pixels = np.asarray(Image.open(path).convert("RGB"))
-    rows = len(pixels) // 32
-    return torch.from_numpy(pixels.reshape(rows, 32, 20, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32).copy())
 
 
 # -------------------------------------------------------------------------------------------------- what is exported
