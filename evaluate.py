@@ -24,7 +24,8 @@ import utils
 from network import Model
 from runner import choose_device
 from support import cli
-from support.report import provenance, write_json
+from support.files import home
+from support.report import provenance, write_results
 from support.significance import paired_bootstrap, wilson
 from training.trained import load_model, mean_probabilities, predict, test_loader
 
@@ -39,7 +40,7 @@ class Config:
     models: tuple[str, ...]  # files that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "figures"  # the folder that pictures and figures go to
+    output_dir: str | None = None  # the folder that pictures and figures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     batch_size: int = 500  # images at a time
     ensemble: bool = False  # also the mean of the models' probabilities, against each of them
@@ -102,7 +103,7 @@ FLIPPED = ", with mirror images"  # in titles
 
 
 def prefix_of(name: str, config: Config) -> Path:
-    return Path(config.output_dir) / (name + "_flip" * config.flip)
+    return Path(config.output_dir or home() / "figures") / (name + "_flip" * config.flip)
 
 
 class Answers(NamedTuple):
@@ -143,8 +144,9 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
     draw_confusion(report["confusion_matrix"], classes, files[0], title)
     draw_calibration(report, files[1], title)
     draw_mistakes(images, probabilities, labels, classes, files[2], title)
-    files.append(prefix.with_name(f"{prefix.name}_evaluation.json"))
-    write_json(files[-1], report)
+    report_path = prefix.with_name(f"{prefix.name}_evaluation.json")
+    if write_results(report_path, report):
+        files.append(report_path)
     print("\nwrote " + ", ".join(str(file) for file in files))
     return report
 
@@ -213,8 +215,8 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
         lines.append(f"| {row['name']} | {row['accuracy']:.2%} | {row['loss']:.4f} | {error:.2%} | {gain} |")
     print("\n" + "\n".join(lines))
     draw_ensemble(report, prefix.with_name(f"{prefix.name}.png"), title)
-    write_json(prefix.with_name(f"{prefix.name}.json"), report)
-    print(f"\nwrote {prefix}.png, {prefix}.json")
+    written = write_results(prefix.with_name(f"{prefix.name}.json"), report)
+    print(f"\nwrote {prefix}.png" + (f", {prefix}.json" if written else ""))
     return report
 
 

@@ -1,11 +1,11 @@
 """What a trained model looks at: attention, rollout, gradient relevance and library attributions.
 
     python explain.py                                   # saved/VisionTransformer.pt
-    python explain.py --checkpoint saved/CNN.pt         # Grad-CAM, integrated gradients and occlusion
+    python explain.py saved/CNN.pt                      # Grad-CAM, integrated gradients and occlusion
     python -m studies.faithfulness                      # do the heat maps name the patches that matter?
 
-Writes figures/explanations.png, and for a ViT figures/attention_distance.png and figures/positions.png. Of other models
-than VisionTransformer.pt the file's name is added.
+Writes figures/<name>_explanations.png, and for a ViT <name>_attention_distance.png and <name>_positions.png; <name> is
+the model file's.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import utils
 from network import VisionTransformer
 from runner import choose_device
 from support import cli
+from support.files import home
 from support.model import Model
 from training.heatmaps import eval_mode, mean_of_patches, methods, patch_grid
 from training.trained import load_model, test_loader
@@ -29,12 +30,13 @@ from training.trained import load_model, test_loader
 
 @dataclass
 class Config:
-    """Explain a saved model's predictions on test images of the data set that it was trained on."""
+    """Explain saved models' predictions on test images of the data set that each was trained on."""
 
-    checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
+    models: tuple[str, ...]  # files that train.py wrote; default: saved/VisionTransformer.pt
+    checkpoint: str | None = None  # one of them, as a flag
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "figures"  # the folder that pictures and figures go to
+    output_dir: str | None = None  # the folder that pictures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     rows: int = 6  # images in the contact sheet: half of them predicted right, half wrong
     seed: int = 0  # of the choice of images
@@ -45,28 +47,32 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.rows < 1 or config.seed < 0:
             raise ValueError(f"rows must be positive and seed not negative, not {config.rows} and {config.seed}")
-        model = load_model(config.checkpoint, choose_device(config.device), config.model)
-        images, labels = choose_images(model, max(500, config.rows), config.seed, config.data_dir)
-
-        def path(name: str) -> Path:
-            return picture_path(config.output_dir, name, config.checkpoint)
-
-        title = f"{model.title} on {model.metadata['dataset']}"
-        written = [path("explanations")]
-        draw_explanations(model, images, labels, written[0], config.rows)
-        if isinstance(model, VisionTransformer):
-            written += [path("attention_distance"), path("positions")]
-            draw_attention_distance(mean_attention_distance(model, images[:256]), model, written[1], title)
-            draw_positions(model, written[2], title)
-        else:
-            print(f"no pictures of attention: {model.title} does not give its attention weights")
-        print("wrote " + ", ".join(str(path) for path in written))
+        given = [*config.models, *([config.checkpoint] if config.checkpoint else [])]
+        if len({Path(path).stem for path in given}) < len(given):
+            raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(given)}")
+        for path in given or ["saved/VisionTransformer.pt"]:
+            explain(path, config)
 
 
-def picture_path(folder: str, name: str, checkpoint: str, ending: str = "png") -> Path:
-    """Where a picture goes: of other models than VisionTransformer.pt the file's name is added."""
-    stem = Path(checkpoint).stem
-    return Path(folder) / f"{name}{'' if stem == 'VisionTransformer' else '_' + stem}.{ending}"
+def explain(checkpoint: str, config: Config) -> None:
+    """Draw everything about one model, and say which files it is in."""
+    model = load_model(checkpoint, choose_device(config.device), config.model)
+    images, labels = choose_images(model, max(500, config.rows), config.seed, config.data_dir)
+    title = f"{model.title} on {model.metadata['dataset']}"
+    written = [picture_path(config.output_dir, checkpoint, "explanations")]
+    draw_explanations(model, images, labels, written[0], config.rows)
+    if isinstance(model, VisionTransformer):
+        written += [picture_path(config.output_dir, checkpoint, name) for name in ("attention_distance", "positions")]
+        draw_attention_distance(mean_attention_distance(model, images[:256]), model, written[1], title)
+        draw_positions(model, written[2], title)
+    else:
+        print(f"no pictures of attention: {model.title} does not give its attention weights")
+    print("wrote " + ", ".join(str(path) for path in written))
+
+
+def picture_path(folder: str | None, checkpoint: str, what: str) -> Path:
+    """Where a picture of a model goes: `<name>_<what>.png`, by default in the project's figures/."""
+    return Path(folder or home() / "figures") / f"{Path(checkpoint).stem}_{what}.png"
 
 
 def choose_images(model: Model, count: int, seed: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,13 +2,15 @@
 
     python predict.py photo.jpg                       # by saved/VisionTransformer.pt
     python predict.py a.png b.webp --checkpoint saved/CNN.pt
+    python predict.py photos/                         # every picture in a folder, and in the folders in it
 
-Prints the five likeliest classes of each and saves figures/<name>_prediction.png, for a ViT with its attention. A file
-that cannot be read, or whose picture cannot be written, gets one line on stderr, the others are still done, and the
-exit code is 1.
+Prints the five likeliest classes of each and saves figures/<model>_prediction_<name>.png, for a ViT with its attention;
+<model> is the model file's name, <name> the picture's. A file that cannot be read, or whose picture cannot be written,
+gets one line on stderr, the others are still done, and the exit code is 1.
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from images.reading import ImageError, central_square, read_image, to_array
 from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
+from support.files import home
 from training.heatmaps import patch_grid, relevance
 from training.trained import load_model
 
@@ -32,10 +35,10 @@ from training.trained import load_model
 class Config:
     """Classify images of any size and format."""
 
-    images: tuple[str, ...]  # files
+    images: tuple[str, ...]  # files, or folders of them
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
-    output_dir: str = "figures"  # the folder that pictures go to
+    output_dir: str | None = None  # the folder that pictures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
 
 
@@ -44,15 +47,22 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if not config.images:
             raise ValueError("name at least one image: python predict.py photo.jpg")
+        for name in config.images:
+            if name.endswith(".pt"):
+                raise ValueError(f"{name} is a model, not an image: python predict.py photo.jpg --checkpoint {name}")
         model = load_model(config.checkpoint, choose_device(config.device), config.model)
         if not isinstance(model, VisionTransformer):
             print(f"no pictures of attention: {model.title} does not give its attention weights")
+        folder, stem = Path(config.output_dir or home() / "figures"), Path(config.checkpoint).stem
         failed = False
         taken = set()
-        for name in tqdm(config.images, "predicting", unit="image", leave=False, disable=len(config.images) < 4):
+        names = find_images(config.images)
+        for name in tqdm(names, "predicting", unit="image", leave=False, disable=len(names) < 4):
             try:
+                if Path(name).is_dir():
+                    raise ImageError(f"{name} is a folder with no pictures in it")
                 image = read_image(name)
-                path = free_path(Path(config.output_dir), Path(name).stem, taken)
+                path = free_path(folder, f"{stem}_prediction_{Path(name).stem}", taken)
                 probabilities = classify(model, image, path)
             except (ImageError, OSError) as error:
                 reason = getattr(error, "strerror", None) or error  # without the number that Python puts before it
@@ -69,12 +79,35 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def find_images(names: Iterable[str]) -> list[str]:
+    """The files as they are named; for a folder the pictures in it, sorted, by their ending. How many other files it
+    has is printed. A folder without a picture stays in the list."""
+    endings, found = readable_endings(), []
+    for name in names:
+        if not Path(name).is_dir():
+            found.append(name)
+            continue
+        inside = sorted(path.relative_to(name) for path in Path(name).rglob("*") if path.is_file())
+        files = [Path(name) / path for path in inside if not any(part.startswith(".") for part in path.parts)]
+        pictures = [str(path) for path in files if path.suffix.lower() in endings]
+        found += pictures or [name]
+        if pictures and len(pictures) < len(files):
+            print(f"{name}: left out {len(files) - len(pictures)} of {len(files)} files, which are no pictures")
+    return found
+
+
+def readable_endings() -> set[str]:
+    """Of the names of files that Pillow reads: .jpg, .png, .webp and many more."""
+    known_by_name_only = {".eps", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"}
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} - known_by_name_only
+
+
 def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """<stem>_prediction.png, numbered if this run has written one of that name; added to `taken`."""
-    path, number = folder / f"{stem}_prediction.png", 1
+    """<stem>.png, numbered if this run has written one of that name; added to `taken`."""
+    path, number = folder / f"{stem}.png", 1
     while path in taken:
         number += 1
-        path = folder / f"{stem}_{number}_prediction.png"
+        path = folder / f"{stem}_{number}.png"
     taken.add(path)
     return path
 

@@ -5,9 +5,11 @@
     python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
-medians, as ratios. Tables are printed and stored as JSON under figures/. Needs requirements-dev.txt.
+medians, as ratios. Tables are printed and stored as JSON under figures/. What is stopped keeps the parts that are done:
+the same command goes on from there. Needs requirements-dev.txt.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,9 +19,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,6 +39,7 @@ from runner import Runner
 from studies.peers import ReferenceViT, time_run, train_cct_2
 from studies.runs import markdown
 from support import cli, schema
+from support.files import home
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import count_flops
@@ -58,7 +62,11 @@ class Config:
     repeats: int = 15  # timed steps of each contender
     threads: int = 1  # of torch
     data_dir: str | None = None  # where CIFAR-10 lies
-    output_dir: str = "figures"  # where the results go
+    output_dir: str | None = None  # where the results go; default: the project's figures/
+
+    @property
+    def figures(self) -> Path:
+        return Path(self.output_dir or home() / "figures")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -72,12 +80,49 @@ def main(args: list[str] | None = None) -> None:
         elif config.augmentation:
             store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
         else:
-            results = {"step": compare_steps(config), "pipeline": compare_pipeline(), "cost": measure_cost(config)}
-            store(config, "benchmark", results)
+            parts = {"step": lambda: compare_steps(config), "pipeline": compare_pipeline}
+            parts |= {name: lambda name=name: measure_growth(config, name) for name in GROWTH}
+            results = run_parts(config, "benchmark", parts)
+            cost = summarise_cost(config, [row for name in GROWTH for row in results.pop(name)])
+            store(config, "benchmark", {**results, "cost": cost})
+            partial_path(config, "benchmark").unlink()
+
+
+def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What each part returns, by its name. It is stored when the part is done, and not measured again by a later call
+    with the same settings; Ctrl-C says what is stored."""
+    path = partial_path(config, name)
+    machine = {key: value for key, value in provenance().items() if key in ("torch", "machine", "threads")}
+    settings, done = {"repeats": config.repeats, **machine}, {}
+    if path.exists():
+        found = read_json(path, schema.PARTS, "; delete it and measure again")
+        done = found["parts"] if found["settings"] == settings else {}
+    if done:
+        print(f"measured before, and taken from {path}: {', '.join(done)}")
+    for part in [part for part in parts if part not in done]:
+        with told_when_stopped(lambda: f"{', '.join(done)} in {path}" if done else "nothing yet"):
+            done[part] = parts[part]()
+            write_json(path, {"settings": settings, "parts": done})
+    return {part: done[part] for part in parts}
+
+
+@contextlib.contextmanager
+def told_when_stopped(stored: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C says what is stored."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; stored: {stored()}. The same command goes on from there", file=sys.stderr)
+        raise
+
+
+def partial_path(config: Config, name: str) -> Path:
+    """Where the parts are until all are done."""
+    return config.figures / f"{name}.json.part"
 
 
 def store(config: Config, name: str, results: dict) -> None:
-    path = Path(config.output_dir) / f"{name}.json"
+    path = config.figures / f"{name}.json"
     write_json(path, {**results, "provenance": provenance()})
     print(f"wrote {path}")
 
@@ -236,13 +281,19 @@ GROWTH = {  # what varies, and its values
 QUANTITIES = {"seconds": ("step, ms", 1e3, utils.BLUE), "memory_mb": ("memory, MB", 1, utils.VERMILLION)}
 
 
-def measure_cost(config: Config) -> dict:
-    """Step time and peak memory against tokens, width, depth and batch, each in a process of its own."""
-    rows, exponents = [], {}
-    for name, values in GROWTH.items():
-        for value in tqdm(values, desc=f"cost against {name}"):
-            options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
-            rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
+def measure_growth(config: Config, name: str) -> list[dict]:
+    """Step time and peak memory for each value of what is varied, in a process of its own."""
+    rows = []
+    for value in tqdm(GROWTH[name], desc=f"cost against {name}"):
+        options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
+        rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
+    return rows
+
+
+def summarise_cost(config: Config, rows: list[dict]) -> dict:
+    """Print, draw and fit how step time and peak memory grow with tokens, width, depth and batch."""
+    exponents = {}
+    for name in GROWTH:
         label, sizes = axis_of(name)
         for quantity in QUANTITIES:
             measured = [row[quantity] for row in rows if row["varied"] == name]
@@ -250,7 +301,7 @@ def measure_cost(config: Config) -> dict:
             exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
     print_table(rows, "varied batch_size patch_size hidden_size num_blocks seconds:.3f memory_mb:.0f")
     print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
-    draw_cost(rows, exponents, Path(config.output_dir) / "cost.png")
+    draw_cost(rows, exponents, config.figures / "cost.png")
     return {"rows": rows, "exponents": exponents}
 
 
@@ -331,11 +382,12 @@ def time_to_accuracy(config: Config) -> dict:
     print(f"Training until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)")
     for seed in range(config.seeds):
         for contender, rows in reached.items():
-            path = Path(config.output_dir) / f"time_to_accuracy_{contender}_{seed}.json"
+            path = config.figures / f"time_to_accuracy_{contender}_{seed}.json"
             if path.exists():
                 history = read_json(path, schema.HISTORY, "; delete it and run again")["history"]
             else:
-                history = run_contender(config, contender, seed)
+                with told_when_stopped(lambda: f"{len(table)} of {2 * config.seeds} runs in {config.figures}"):
+                    history = run_contender(config, contender, seed)
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
             rows.append(row)
             table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})

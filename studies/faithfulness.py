@@ -3,7 +3,7 @@
     python -m studies.faithfulness                                # of saved/VisionTransformer.pt
     python -m studies.faithfulness --checkpoint saved/CNN.pt
 
-Writes figures/faithfulness.json and .png. Of other models than VisionTransformer.pt the file's name is added.
+Writes figures/<name>_faithfulness.json and .png; <name> is the model file's.
 """
 
 import math
@@ -20,7 +20,7 @@ import utils
 from explain import choose_images, picture_path
 from runner import choose_device
 from support import cli
-from support.report import provenance, write_json
+from support.report import provenance, write_results
 from training.heatmaps import patch_grid, patch_scores
 from training.trained import load_model
 
@@ -32,7 +32,7 @@ class Config:
     checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies: only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "figures"  # the folder that picture and figures go to
+    output_dir: str | None = None  # the folder that picture and figures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     images: int = 1000  # test images
     steps: int = 16  # in which all patches are removed
@@ -51,11 +51,11 @@ def main(args: list[str] | None = None) -> None:
         report = measure(model, images, labels, patch_scores(model, images), size, config.steps, config.seed)
         print(markdown_table(report))
         dataset = model.metadata["dataset"]
-        picture = picture_path(config.output_dir, "faithfulness", config.checkpoint)
+        picture = picture_path(config.output_dir, config.checkpoint, "faithfulness")
         report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
-        write_json(picture.with_suffix(".json"), {**report, "provenance": provenance()})
+        written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance()})
         draw(report, picture, f"{model.title} on {dataset}")
-        print(f"wrote {picture} and .json beside it")
+        print(f"wrote {picture}" + (" and .json beside it" if written else ""))
 
 
 def measure(

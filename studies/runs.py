@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import train
 from support import cli, schema
-from support.files import CheckpointError, write_bytes
-from support.report import provenance, read_json, write_json
+from support.files import CheckpointError, home, write_bytes
+from support.report import provenance, read_json, write_results
 from training.checkpoints import is_checkpoint
 from training.options import RunOptions
 
@@ -43,17 +43,17 @@ class StudyOptions:
     # the study
     dataset: Literal["cifar10", "digits"] = "cifar10"  # what all are trained on
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
-    output_dir: str = "."  # the folder that saved/studies/ and figures/ are in
+    output_dir: str | None = None  # the folder that saved/studies/ and figures/ are in; default: the project's
     jobs: int = 1  # trainings at a time; the cores are shared out among them
     train: bool = True  # train what is not stored yet; --no_train draws what is stored and trains nothing
 
     @property
     def saved(self) -> Path:
-        return Path(self.output_dir) / "saved" / "studies"
+        return Path(self.output_dir or home()) / "saved" / "studies"
 
     @property
     def figures(self) -> Path:
-        return Path(self.output_dir) / "figures"
+        return Path(self.output_dir or home()) / "figures"
 
     @property
     def suffix(self) -> str:
@@ -84,7 +84,8 @@ def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
             require_same_hyperparameters(name, flags, options)
             continue
         missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]
-        missing[name] += ["--output_dir", options.output_dir, "--gif_frames", "0"]
+        missing[name] += ["--output_dir", options.output_dir] if options.output_dir else []
+        missing[name] += ["--gif_frames", "0"]
         if is_checkpoint(
             options.saved / f"{name}.checkpoint"
         ):  # also of a run that has ended, and whose report is lost
@@ -211,7 +212,8 @@ def write_study(
     # where files lie on one machine says nothing to others
     local = {field.name for field in dataclasses.fields(StudyOptions)} - {"dataset"}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
-    write_json(paths[1], {"config": settings, **results, "provenance": provenance()})
+    if not write_results(paths[1], {"config": settings, **results, "provenance": provenance()}):
+        paths.pop()
     print("wrote " + ", ".join(map(str, [*paths, *pictures])))
     if failed:
         cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)

@@ -28,6 +28,7 @@ from network import VisionTransformer
 from runner import Runner
 from studies.benchmark import GROWTH, cost_in_a_process, our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed, schema
+from support.files import home
 from support.model import num_parameters
 from support.report import provenance, read_json, write_json
 from training.models import count_flops
@@ -44,7 +45,7 @@ class Config:
     only: tuple[Literal["throughput", "memory", "plan"], ...] = ("throughput", "memory", "plan")
     workers: int = 2  # most threads, and most processes, that throughput is measured with
     turns: int = 3  # of each combination, by turns
-    output_dir: str = "figures"  # where the results go
+    output_dir: str | None = None  # where the results go; default: the project's figures/
 
     # the large run: ViT-S/16 on ImageNet-1k (Deng et al. 2009)
     images: int = 1_281_167  # training images of ImageNet-1k
@@ -63,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         check(config)
-        path = Path(config.output_dir) / "scaling.json"
+        path = Path(config.output_dir or home() / "figures") / "scaling.json"
         stored = path.exists()  # what is not measured now stays
         results = read_json(path, schema.SCALING, "; delete it and measure again") if stored else {"provenance": {}}
         measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}

@@ -1,5 +1,6 @@
 """Reports: what was found and how it came about, as JSON with a checksum."""
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -24,6 +25,50 @@ def write_json(path: str | Path, contents: dict) -> None:
     text = json.dumps({**contents, "sha256": checksum(contents)}, indent=1, allow_nan=False)
     text = re.sub(r"\[\n\s*([^][{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
     write_bytes(path, (text + "\n").encode())
+
+
+def write_results(path: str | Path, contents: dict, varying: tuple[str, ...] = ()) -> bool:
+    """`write_json` of figures that are computed again and again: rounded to 6 digits, and only where they have changed.
+
+    A file that has the same figures but for its `provenance` is left as it is, with the date and the machine of its
+    first time: sums in another order, on more threads say, differ in the seventh digit.
+
+    Args:
+        varying: names of what is measured anew each time, seconds say, and so does not count as a change.
+
+    Returns:
+        Whether the file was written.
+    """
+    contents = json.loads(json.dumps(_rounded(_finite(contents))))
+    with contextlib.suppress(CheckpointError):  # none, or a damaged one
+        if same_results(read_json(path), contents, ("provenance", *varying)):
+            print(f"{path} has these results already: left as it is")
+            return False
+    write_json(path, contents)
+    return True
+
+
+def same_results(stored: Any, new: Any, varying: tuple[str, ...] = ()) -> bool:
+    """Whether two nested values are equal: numbers up to rounding, and without regard to the keys in `varying`."""
+    if isinstance(stored, dict) and isinstance(new, dict):
+        names = (stored.keys() | new.keys()) - set(varying)
+        same_names = names <= stored.keys() and names <= new.keys()
+        return same_names and all(same_results(stored[name], new[name], varying) for name in names)
+    if isinstance(stored, list) and isinstance(new, list):
+        pairs = zip(stored, new, strict=False)
+        return len(stored) == len(new) and all(same_results(*pair, varying) for pair in pairs)
+    if isinstance(stored, float) or isinstance(new, float):
+        numbers = isinstance(stored, int | float) and isinstance(new, int | float)
+        return numbers and math.isclose(stored, new, rel_tol=1e-5, abs_tol=2e-6)
+    return stored == new
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def read_json(path: str | Path, table: dict | None = None, advice: str = "") -> dict:

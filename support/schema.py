@@ -129,6 +129,7 @@ REPORT = optional(  # saved/<name>.json, by training/run.py
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
     "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
 }
+PARTS = {"settings": {...: ANYTHING}, "parts": {...: ANYTHING}}  # figures/benchmark.json.part, by the same
 WORKERS = {"hidden_size": SIZE, "processes": SIZE, "threads": SIZE, "images_per_second": POSITIVE, "speedup": POSITIVE}
 SCALING = optional(  # figures/scaling.json, by studies/scaling.py
     {"provenance": {...: ANYTHING}},

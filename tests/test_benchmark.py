@@ -56,6 +56,52 @@ def test_seconds_are_those_of_training_steps(monkeypatch, with_loading, step):
     assert [row["val_accuracy"] for row in history.rows] == runner.metrics["val_accuracy"]
 
 
+def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypatch, capsys):
+    measured, stop_at = [], "hidden_size"
+
+    def part(name, result):
+        def measure(*args):
+            measured.append(name)
+            if name == stop_at:
+                raise KeyboardInterrupt
+            return result
+
+        return measure
+
+    def growth(_config, name):
+        sizes = [
+            {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: v} for v in GROWTH[name]
+        ]
+        return part(name, [{"varied": name, **row, "seconds": 0.1, "memory_mb": 10.0} for row in sizes])()
+
+    GROWTH = benchmark.GROWTH
+    monkeypatch.setattr(benchmark, "compare_steps", part("step", {"medians": {}}))
+    monkeypatch.setattr(benchmark, "compare_pipeline", part("pipeline", {"ratio": 1.0}))
+    monkeypatch.setattr(benchmark, "measure_growth", growth)
+    with pytest.raises(SystemExit) as stop:
+        run_main("studies.benchmark", "--output_dir", tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and "stored: step, pipeline, patch_size in" in error and "goes on" in error
+    assert not (tmp_path / "benchmark.json").exists()
+    measured.clear()
+    stop_at = None
+    run_main("studies.benchmark", "--output_dir", tmp_path)
+    assert measured == ["hidden_size", "num_blocks", "batch_size"]
+    results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert results["pipeline"] == {"ratio": 1.0} and len(results["cost"]["rows"]) == 14
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "cost.png"}
+    run_main("studies.benchmark", "--output_dir", tmp_path)  # begins anew: nothing is half done
+    assert measured[3:5] == ["step", "pipeline"]
+
+
+def test_parts_of_other_settings_are_measured_again(tmp_path):
+    config = benchmark.Config(output_dir=str(tmp_path))
+    assert benchmark.run_parts(config, "a", {"x": lambda: 1}) == {"x": 1}
+    assert benchmark.run_parts(config, "a", {"x": lambda: 2}) == {"x": 1}
+    config.repeats += 1
+    assert benchmark.run_parts(config, "a", {"x": lambda: 3}) == {"x": 3}
+
+
 def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, capsys):
     data = benchmark.synthetic_data(256)
     monkeypatch.setattr(peers, "load_data", lambda *args: data)

@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -198,3 +200,42 @@ def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, 
         assert torch.cat(right).mean().item() == pytest.approx(accuracy)
     train_small(tmp_path)
     assert {path.name for path in (tmp_path / "saved").glob("*.pt")} == {f"{MODEL}.pt"}
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+
+class FailsAtTheLastBatch:
+    """In the place of what torch.compile makes: compiles full batches, and fails as a compiler does that is killed."""
+
+    def __init__(self, model, number=None):
+        self.model, self.number = model, number
+
+    def __call__(self, images):
+        if len(images) == 200:
+            return self.model(images)
+        if self.number:
+            os.kill(os.getpid(), self.number)
+        raise RuntimeError("CppCompileError: C++ compile error\n" + 1000 * "a warning of the compiler\n")
+
+
+def test_a_batch_that_cannot_be_compiled_is_trained_as_it_is(tmp_path, capfd, monkeypatch):
+    plain = train_small(tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", FailsAtTheLastBatch)
+    assert same_weights(train_small(tmp_path / "compiled", "--compile"), plain)
+    said = [line for line in capfd.readouterr().out.splitlines() if "--compile" in line]
+    assert said == [
+        "--compile does not work for (150, 3, 32, 32), going on without: "
+        "RuntimeError: CppCompileError: C++ compile error"
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent in other ways")
+def test_a_signal_that_kills_the_compiler_too_ends_with_a_checkpoint(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: FailsAtTheLastBatch(model, signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train_small(tmp_path, "--compile")
+    output = capfd.readouterr()
+    assert stop.value.code == 128 + signal.SIGTERM and "interrupted after step 6" in output.out
+    assert "does not work" not in output.out and "compiler" not in output.err
+    assert (tmp_path / "saved" / f"{MODEL}.checkpoint").exists()

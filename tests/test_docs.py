@@ -130,7 +130,8 @@ def copy(tmp_path):
     for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    for name in ("photo.jpg", "another.png"):
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "another.png", "photos/one.png"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name)
     return tmp_path
 
@@ -229,3 +230,12 @@ def test_the_python_lines_of_readme_and_data_run(copy):
     (other,) = blocks(ROOT / "docs" / "data.md", "python")
     checks = "assert loss > 0 and len(attention_weights) == 4"
     drive(copy, MODELS[:1], f"{DRIVER}\n{block}\n{checks}\n{other}")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_says_what_it_installs_before_pip_does(tmp_path):
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", "train"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, pip, after = printed.partition(" -m pip install ")
+    assert pip and all(word in before for word in ("PyTorch", "GB", "CUDA", "minutes", "once"))
+    assert "--quiet" not in after and "http" not in printed

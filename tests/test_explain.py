@@ -262,9 +262,10 @@ def save(model, path: Path, digits) -> Path:
 def test_script_of_a_vit(tmp_path, digits, run):
     path = save(vit(patch_size=8), tmp_path / "VisionTransformer.pt", digits)
     figures = tmp_path / "figures"
-    code, _, _ = run("--checkpoint", path, "--output_dir", figures)
+    code, _, _ = run(path, "--output_dir", figures)
     assert code == 0
-    assert {file.name for file in figures.iterdir()} == {"explanations.png", "attention_distance.png", "positions.png"}
+    names = {f"VisionTransformer_{what}.png" for what in ("explanations", "attention_distance", "positions")}
+    assert {file.name for file in figures.iterdir()} == names
 
 
 @pytest.mark.parametrize("model", [CNN(), FeedForward(hidden_size=8)], ids=lambda model: type(model).__name__)
@@ -272,7 +273,7 @@ def test_script_of_other_models(tmp_path, digits, run, model):
     path = save(model, tmp_path / "other.pt", digits)
     code, out, _ = run("--checkpoint", path, "--output_dir", tmp_path / "figures")
     assert code == 0 and f"{model.title} does not give its attention weights" in out
-    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["explanations_other.png"]
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["other_explanations.png"]
 
 
 def test_a_file_that_is_no_model_or_does_not_say_what_it_was_trained_on(tmp_path, run):
@@ -283,3 +284,5 @@ def test_a_file_that_is_no_model_or_does_not_say_what_it_was_trained_on(tmp_path
     assert code == 2 and len(err) == 1 and "metadata.dataset is missing" in err[0]
     code, _, err = run("--checkpoint", tmp_path / "bare.pt", "--rows", 0)
     assert code == 2 and len(err) == 1 and "rows must be positive" in err[0]
+    code, _, err = run("a/bare.pt", "--checkpoint", tmp_path / "bare.pt")
+    assert code == 2 and len(err) == 1 and "overwrite each other" in err[0]

@@ -125,6 +125,25 @@ def test_script(tmp_path, digits, run):
         assert here not in file.read_bytes()  # the exporters note lines of code: nobody's business
 
 
+@pytest.mark.parametrize(
+    "dataset, words", [("cifar10", "demos/cifar10_samples.png"), ("cifar100", "noise"), ("pets", "noise")]
+)
+def test_without_its_data_a_model_is_compared_on_other_pictures_and_no_accuracy_is_said(
+    tmp_path, digits, run, dataset, words
+):
+    torch.manual_seed(0)
+    path = save(small_vit().eval(), tmp_path / "a.pt", digits, dataset=dataset, source=str(tmp_path / dataset))
+    (tmp_path / "a.int8.onnx").write_text("of an earlier model")
+    flags = ("--no-latency", "--data_dir", tmp_path / "data", "--figures_dir", tmp_path / "figures")
+    code, out, _ = run(path, *flags)
+    assert code == 0 and f"{dataset} is not on this machine" in out and words in out and "200 of 200" in out
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
+    assert words in report["compared_on"] and "test_images" not in report and report["accuracy_lost_in_8_bits"] is None
+    assert not any("accuracy" in row for row in report["rows"].values())
+    names = {"a.pt", "a.onnx", "a.pt2", "figures"}
+    assert {file.name for file in tmp_path.iterdir()} == names  # 8 bits are kept only where their accuracy is known
+
+
 def test_eight_bits_are_a_quarter_of_the_size_and_nearly_the_same_answers(tmp_path):
     torch.manual_seed(0)
     model = with_metadata(FeedForward(3072, 256))

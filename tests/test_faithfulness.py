@@ -71,8 +71,10 @@ def test_the_command_measures_all_methods_and_draws(tmp_path, digits, capsys):
     flags = ("--checkpoint", tmp_path / "VisionTransformer.pt", "--output_dir", figures)
     run_main("studies.faithfulness", *flags, "--images", 20, "--steps", 4)
     assert "| rollout |" in capsys.readouterr().out
-    assert {file.name for file in figures.iterdir()} == {"faithfulness.png", "faithfulness.json"}
-    report = json.loads((figures / "faithfulness.json").read_text(encoding="utf-8"))
+    assert {file.name for file in figures.iterdir()} == {
+        f"VisionTransformer_faithfulness.{kind}" for kind in ("png", "json")
+    }
+    report = json.loads((figures / "VisionTransformer_faithfulness.json").read_text(encoding="utf-8"))
     assert report["images"] == 20 and report["removed"] == [0, 4, 8, 12, 16] and report["dataset"] == "digits"
     methods = ["attention", "rollout", "relevance", "integrated gradients", "occlusion"]
     assert list(report["rankings"]) == ["random", *methods]

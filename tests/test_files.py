@@ -21,7 +21,7 @@ from runner import Runner
 from setup_cifar import load_data
 from studies import runs
 from studies.compare import read_answers
-from support import schema
+from support import report, schema
 from support.files import CheckpointError, read_file, write_file
 from support.report import read_json, write_json
 from support.significance import paired_bootstrap
@@ -446,10 +446,10 @@ def test_every_json_is_strict_where_there_is_one_test_image_of_one_class(tmp_pat
     flags = "--dataset pets --img_size 8 --hidden_size 8 --num_heads 2 --num_blocks 1 --batch_size 8 --epochs 1"
     run_main("train.py", *flags.split(), "--lr", 1e-12, "--gif_frames", 0, "--device", "cpu")  # all answers are equal
     model = tmp_path / "saved" / "VisionTransformer_pets.pt"
-    run_main("evaluate.py", model, "--device", "cpu")
-    run_main("explain.py", "--checkpoint", model, "--device", "cpu", "--rows", 1)
+    run_main("evaluate.py", model, "--device", "cpu", "--output_dir", "figures")
+    run_main("explain.py", "--checkpoint", model, "--device", "cpu", "--rows", 1, "--output_dir", "figures")
     importer = ("studies.faithfulness", "--checkpoint", model, "--device", "cpu", "--images", 1, "--steps", 2)
-    run_main(*importer)
+    run_main(*importer, "--output_dir", "figures")
     written = [*tmp_path.glob("saved/*.json"), *tmp_path.glob("figures/*.json")]
     assert len(written) == 3
     for path in written:
@@ -458,8 +458,24 @@ def test_every_json_is_strict_where_there_is_one_test_image_of_one_class(tmp_pat
     evaluation = read_json(tmp_path / "figures" / "VisionTransformer_pets_evaluation.json")
     assert evaluation["images"] == 1 and evaluation["accuracy"] in (0, 1)
     assert [row["recall"] is None for row in evaluation["classes"]] == [False, True]
-    code, line = outcome("evaluate.py", model, "--flip", "--device", "cpu")
+    code, line = outcome("evaluate.py", model, "--flip", "--device", "cpu", "--output_dir", "figures")
     assert code == 2 and "two test images or more" in line
+
+
+def test_the_same_results_leave_a_file_untouched(tmp_path, capsys):
+    """A repetition on more threads or another day is no change; one figure that differs in what matters is."""
+    path, figures = tmp_path / "a.json", {"accuracy": 0.82690001, "rows": [{"loss": 1 / 3, "ms": 5.0}], "n": 10}
+    assert report.write_results(path, {**figures, "provenance": {"date": "2020-01-01"}}, ("ms",))
+    first = path.read_bytes()
+    assert read_json(path)["rows"][0]["loss"] == 0.333333
+    again = {"accuracy": 0.82690004, "rows": [{"loss": 1 / 3 + 1e-8, "ms": 9.0}], "n": 10}
+    assert not report.write_results(path, {**again, "provenance": {"date": "2030-01-01"}}, ("ms",))
+    assert path.read_bytes() == first and "left as it is" in capsys.readouterr().out
+    others = [{**figures, "accuracy": 0.8270}, {**figures, "n": 11}, {**figures, "rows": []}, {**figures, "more": 1}]
+    for other in others:
+        assert report.write_results(path, {**other, "provenance": {"date": "2030-01-01"}}, ("ms",)), other
+    path.write_bytes(first[:50])
+    assert report.write_results(path, figures) and read_json(path)["n"] == 10
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):

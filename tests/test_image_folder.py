@@ -271,15 +271,15 @@ def test_a_model_finds_the_folder_it_was_trained_on_from_anywhere(tmp_path, monk
     report = json.loads(model.with_suffix(".json").read_text())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    run_main("evaluate.py", model, "--device", "cpu")
+    run_main("evaluate.py", model, "--device", "cpu", "--output_dir", "figures")
     stored = json.loads(next((tmp_path / "elsewhere" / "figures").glob("*_evaluation.json")).read_text())
     assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
     assert [row["class"] for row in stored["classes"]] == list(CLASSES)
     (tmp_path / name).rename(tmp_path / "moved")
     with pytest.raises(SystemExit):
-        run_main("evaluate.py", model, "--device", "cpu")
+        run_main("evaluate.py", model, "--device", "cpu", "--output_dir", "figures")
     assert "--data_dir says where" in capsys.readouterr().err
-    run_main("evaluate.py", model, "--device", "cpu", "--data_dir", tmp_path / "moved")
+    run_main("evaluate.py", model, "--device", "cpu", "--data_dir", tmp_path / "moved", "--output_dir", "figures")
 
 
 def write_noise(folder, count=100, start=0):
@@ -306,7 +306,7 @@ def test_a_changed_folder_gives_no_false_accuracy(tmp_path, monkeypatch, capsys)
     assert "changed" not in capsys.readouterr().out
 
     write_noise(tmp_path / "noise" / "train", 20, start=100)
-    run_main("evaluate.py", "saved/FeedForward_noise.pt", "--device", "cpu")
+    run_main("evaluate.py", "saved/FeedForward_noise.pt", "--device", "cpu", "--output_dir", "figures")
     now = json.loads((tmp_path / "figures/FeedForward_noise_evaluation.json").read_text())
     data = load_data("noise", img_size=8)
     assert now["images"] == len(data.test) and 0.2 < now["accuracy"] < 0.8
@@ -319,7 +319,7 @@ def test_a_changed_folder_gives_no_false_accuracy(tmp_path, monkeypatch, capsys)
         (tmp_path / "noise" / "test" / name).mkdir()
         for file in files:
             file.rename(tmp_path / "noise" / "test" / name / file.name)
-    run_main("evaluate.py", "saved/FeedForward_noise.pt", "--device", "cpu")
+    run_main("evaluate.py", "saved/FeedForward_noise.pt", "--device", "cpu", "--output_dir", "figures")
     now = json.loads((tmp_path / "figures/FeedForward_noise_evaluation.json").read_text())
     never_seen = now["images"]
     assert 0 < never_seen < 20 and now["accuracy"] < 1
@@ -408,7 +408,7 @@ def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, 
     run_main("explain.py", "--checkpoint", path, "--output_dir", out / "explained", "--device", "cpu")
     run_main("predict.py", folder / "train" / "$x_$" / "000.png", "--checkpoint", path, "--output_dir", out / "seen")
     assert "Größe, 50%" in capsys.readouterr().out
-    assert (out / "seen" / "000_prediction.png").exists()
+    assert (out / "seen" / "VisionTransformer_my pets_prediction_000.png").exists()
 
 
 def test_names_that_the_output_cannot_encode_are_printed_in_ascii(tmp_path):

@@ -7,9 +7,13 @@ import shutil
 import nbformat
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from nbclient import NotebookClient
 from PIL import Image
+
+from network import VisionTransformer
+from training.trained import read_sheet, sample_images
 
 FOLDERS = ("training", "images", "support", "studies")
 NOTEBOOKS = ["vit_tutorial", "attention_maps", "model_comparison"]
@@ -59,12 +63,74 @@ def test_notebooks_run(copy, name):
     assert {path for path in copy.rglob("*") if "__pycache__" not in path.parts} == before, "a notebook leaves files"
 
 
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+NORMALISATION = {"mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
+OTHER_VITS = {  # what train.py may put in the place of the committed model
+    "two classes, patches that do not divide": ({"patch_size": 6, "pooling": "mean"}, "cifar10", ["truck", "cat"]),
+    "conv tokenizer, CLS token, one block": ({"patch_size": 8, "tokenizer": "conv", "num_blocks": 1}, "digits", None),
+    "one patch, one head": ({"patch_size": 32, "num_heads": 1, "num_blocks": 2}, "cifar10", CIFAR10),
+}
+
+
+@pytest.mark.parametrize("name", ["vit_tutorial", "attention_maps"])
+@pytest.mark.parametrize("other", OTHER_VITS)
+def test_notebooks_run_with_any_vit_and_say_what_is_true_of_it(copy, name, other):
+    options, dataset, classes = OTHER_VITS[other]
+    classes = classes or [str(digit) for digit in range(10)]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_blocks": 3, "output_size": len(classes), **options}
+    model = VisionTransformer(**sizes)
+    torch.nn.init.normal_(model.head.weight)  # zeros at first, with which all answers would be the same
+    model.save(copy / "saved" / "VisionTransformer.pt", dataset=dataset, classes=classes, **NORMALISATION)
+    path = copy / "demos" / f"{name}.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("EPOCHS = 20", "EPOCHS = 1"), encoding="utf-8")
+    notebook = execute(copy, name)
+    said = "\n".join(texts(notebook))
+    cls, patches = model.pooling == "cls", model.embedding.grid_size**2
+    if name == "attention_maps":
+        assert ("no CLS token" in said) != cls and f"each of the {patches + cls} tokens" in said
+        assert "is of another model" in said  # the stored figures of section 6
+    else:
+        blocks, heads, side = sizes["num_blocks"], sizes["num_heads"], sizes["patch_size"]
+        expected = f"{blocks} block(s) with {heads} head(s) each, tokens of 16 numbers, patches of {side}x{side} pixels"
+        assert f"**{dataset}**: {expected}" in said and f"{20 * len(classes)} test pictures" in said
+        assert ("small convolutions" in said) == (model.config["tokenizer"] == "conv")
+        assert f"ln {len(classes)} = {np.log(len(classes)):.3f}" in said
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not re.search(r"\b(4|four) (blocks|heads)|\b64 (patch|token|number)", prose), "true of one model only"
+
+
+def test_model_comparison_leaves_out_what_was_trained_on_other_data(copy):
+    (copy / "figures" / "model_comparison.json").unlink()
+    path = copy / "saved" / "VisionTransformer.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    report["config"]["dataset"] = "digits"
+    path.write_text(json.dumps(report), encoding="utf-8")
+    said = "\n".join(texts(execute(copy, "model_comparison")))
+    assert "left out: CNN, which was trained on cifar10 and not on digits" in said
+    margin = 196 * np.sqrt(0.8269 * (1 - 0.8269) / 360)
+    assert f"{82.69 - margin:.1f}% to {82.69 + margin:.1f}%" in said
+
+
+def test_the_pictures_of_a_model_are_of_its_classes(digits):
+    model = VisionTransformer(output_size=2)
+    model.metadata = {"dataset": "cifar10", "classes": ["truck", "cat"], **NORMALISATION}
+    images, labels = sample_images(model, 3)
+    sheet, of_sheet = read_sheet()
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(images, torch.cat([sheet[of_sheet == 9][:3], sheet[of_sheet == 3][:3]]))
+    model.metadata |= {"dataset": "digits", "classes": digits.classes}
+    images, labels = sample_images(model, 3)
+    expected = [digits.test.images[digits.test.labels == label][:3] for label in range(10)]
+    assert torch.equal(images, torch.cat(expected)) and labels.tolist() == [i for i in range(10) for _ in range(3)]
+
+
 def test_notebooks_run_from_the_root_too(copy):
     execute(copy, "model_comparison", start=".")
 
 
 def test_attention_maps_does_without_the_faithfulness_results(copy):
-    for path in (copy / "figures").glob("faithfulness*"):
+    for path in (copy / "figures").glob("*_faithfulness*"):
         path.unlink()
     assert any("python -m studies.faithfulness" in text for text in texts(execute(copy, "attention_maps")))
 

@@ -60,12 +60,12 @@ def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, mon
     model = f"{file}:MyNet"
     run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, "--freeze", "none")
     report = json.loads((tmp_path / "saved/MyNet_digits.json").read_text(encoding="utf-8"))
-    run_main("evaluate.py", "saved/MyNet_digits.pt", "--model", model)
+    run_main("evaluate.py", "saved/MyNet_digits.pt", "--model", model, "--output_dir", "figures")
     stored = json.loads((tmp_path / "figures/MyNet_digits_evaluation.json").read_text(encoding="utf-8"))
     assert stored["accuracy"] == pytest.approx(report["results"]["test_accuracy"])
-    run_main("explain.py", "--checkpoint", "saved/MyNet_digits.pt", "--model", model, "--rows", 2)
+    run_main("explain.py", "saved/MyNet_digits.pt", "--model", model, "--rows", 2, "--output_dir", "figures")
     assert "MyNet does not give its attention weights" in capsys.readouterr().out
-    assert (tmp_path / "figures/explanations_MyNet_digits.png").exists()
+    assert (tmp_path / "figures/MyNet_digits_explanations.png").exists()
     started = ("--init_from", "saved/MyNet_digits.pt", "--freeze", "backbone", "--name", "again")
     run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, *started)
     assert load_model("saved/again.pt", model=model).image_size == 32

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -13,6 +14,7 @@ from PIL import Image
 
 import predict
 from network import CNN, FeedForward, VisionTransformer
+from support import files
 
 LEFT, RIGHT = (200, 30, 40), (20, 60, 220)
 
@@ -226,13 +228,16 @@ def test_script_does_the_others(tmp_path, model, run, digits):
     names = ["text.png", "rgba.png", "bomb.png", "exif.png", "truncated.jpg"]
     for name in names:
         (tmp_path / name).write_bytes((READABLE | UNREADABLE)[name][0])
-    files = [tmp_path / name for name in names] + [tmp_path / "nowhere.png", tmp_path]
+    (tmp_path / "empty").mkdir()
+    files = [tmp_path / name for name in names] + [tmp_path / "nowhere.png", tmp_path / "empty"]
     code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
     assert code == 1
     bad = ["text.png", "bomb.png", "truncated.jpg", "nowhere.png"]
     assert len(err) == 5 and all(name in line for name, line in zip(bad, err, strict=False))
     assert "No such file" in err[3]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"rgba_prediction.png", "exif_prediction.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        f"model_prediction_{name}.png" for name in ("rgba", "exif")
+    }
     lines = out.splitlines()
     assert len(lines) == 12 and lines[0].startswith(str(tmp_path / "rgba.png"))
     with torch.no_grad():
@@ -251,7 +256,7 @@ def test_script_of_models_without_attention(tmp_path, model, other, run):
     files = [tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"]
     code, _, err = run(*files, "--checkpoint", tmp_path / "other.pt")
     assert code == 0 and err == []
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"same_prediction.png", "same_2_prediction.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"other_prediction_same{n}.png" for n in ("", "_2")}
 
 
 @pytest.mark.parametrize("options", [{"pooling": "cls", "patch_size": 6}, {"tokenizer": "conv", "pooling": "mean"}])
@@ -267,15 +272,19 @@ def test_pictures_of_other_vits(tmp_path, model, options):
 
 def test_a_picture_that_cannot_be_written_does_not_stop_the_others(tmp_path, model, run):
     model.save(tmp_path / "model.pt", **model.metadata)
-    names = [f"{'n' * 245}.png", "folder.png", "good.png"]  # with _prediction the first is too long for a file system
+    names = [
+        f"{'n' * 245}.png",
+        "folder.png",
+        "good.png",
+    ]  # with model_prediction_ the first is too long for a file system
     for name in names:
         halves().save(tmp_path / name)
-    (tmp_path / "out" / "folder_prediction.png").mkdir(parents=True)
+    (tmp_path / "out" / "model_prediction_folder.png").mkdir(parents=True)
     code, out, err = run(*(tmp_path / name for name in names), "--checkpoint", tmp_path / "model.pt")
     assert code == 1 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
     assert len(err) == 2 and "cannot write" in err[0] and names[0][:-4] in err[0] and "folder" in err[1]
     assert not any(line.startswith("predict.py: error: [Errno") for line in err)
-    assert (tmp_path / "out" / "good_prediction.png").is_file()
+    assert (tmp_path / "out" / "model_prediction_good.png").is_file()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
@@ -287,7 +296,55 @@ def test_a_name_that_is_not_utf_8(tmp_path, model, run):
     code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
     assert code == 1 and len(err) == 1 and "\\udcfe.png is not an image" in err[0]
     assert out.startswith(f"{tmp_path}/\\udcff.png (60x40)")
-    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"\xff_prediction.png"]  # noqa: PTH208
+    assert os.listdir(os.fsencode(tmp_path / "out")) == [b"model_prediction_\xff.png"]  # noqa: PTH208
+
+
+def test_a_folder_stands_for_the_pictures_in_it(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    photos = tmp_path / "photos"
+    for name in ("b.PNG", "a/c.webp", "a/.hidden.png", ".thumbnails/d.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        halves().save(photos / name)
+    (photos / "notes.txt").write_text("no picture")
+    code, out, err = run(photos, "--checkpoint", tmp_path / "model.pt")
+    assert code == 0 and err == [] and "left out 1 of 3 files" in out
+    found = [line.split(" (60x40)")[0] for line in out.splitlines() if "(60x40)" in line]
+    assert found == [str(photos / "a" / "c.webp"), str(photos / "b.PNG")]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"model_prediction_{name}.png" for name in "bc"}
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(tmp_path / "empty", "--checkpoint", tmp_path / "model.pt")
+    assert code == 1 and out == "" and len(err) == 1 and "no pictures" in err[0]
+
+
+def test_two_models_write_two_pictures(tmp_path, model, run):
+    halves().save(tmp_path / "photo.png")
+    for name in ("one", "two"):
+        model.save(tmp_path / f"{name}.pt", **model.metadata)
+        assert run(tmp_path / "photo.png", "--checkpoint", tmp_path / f"{name}.pt")[0] == 0
+    names = {"one_prediction_photo.png", "two_prediction_photo.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_a_model_is_not_taken_for_an_image(tmp_path, model, run):
+    model.save(tmp_path / "model.pt", **model.metadata)
+    code, out, err = run(tmp_path / "model.pt")
+    assert code == 2 and out == "" and len(err) == 1 and f"--checkpoint {tmp_path / 'model.pt'}" in err[0]
+
+
+def test_from_another_folder_the_projects_model_is_found(tmp_path, monkeypatch, capsys):
+    """... and its figures/ written to, unless a folder is said, which is then one here."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "saved", elsewhere):
+        folder.mkdir(parents=True)
+    for name in ("VisionTransformer.pt", "CNN.pt"):
+        shutil.copy(files.ROOT / "saved" / name, project / "saved" / name)
+    monkeypatch.setattr(files, "ROOT", project)
+    monkeypatch.chdir(elsewhere)
+    halves().save("photo.png")
+    predict.main(["photo.png"])
+    assert (project / "figures" / "VisionTransformer_prediction_photo.png").is_file()
+    predict.main(["photo.png", "--checkpoint", "saved/CNN.pt", "--output_dir", "here"])
+    assert (elsewhere / "here" / "CNN_prediction_photo.png").is_file()
 
 
 def test_without_images_or_model(tmp_path, run):

@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import re
+import socket
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,7 +21,7 @@ from images.augment import import_torchvision
 from network import CNN, FeedForward, Model, VisionTransformer
 from support.files import CheckpointError
 from train import FINE_TUNING_RATE, RATES
-from training import trained
+from training import models, trained
 from training.models import TimmModel, freeze_backbone, load_timm_weights, resize_positions, start_from
 from training.optim import OPTIMIZERS, build_optimizer
 
@@ -298,8 +300,8 @@ def hub(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     yield asked, files, server
     server.shutdown()
     server.server_close()
@@ -308,21 +310,38 @@ def hub(monkeypatch, tmp_path):
 def test_weights_are_downloaded_through_timm_and_then_found_in_its_cache(hub, published):
     from safetensors.torch import save
 
-    asked, files, _ = hub
+    asked, files, server = hub
     files["model.safetensors"] = save(published.state_dict())
     for _ in range(2):
         model = TimmModel("test_vit", output_size=4)
         load_timm_weights(model)
         assert_published(model, published)
     assert any("timm/test_vit.r160_in1k" in path for path in asked)
+    server.server_close()  # without a network, too
+    load_timm_weights(model)
+    assert_published(model, published)
 
 
 def test_without_a_network_there_is_one_line_and_nothing_is_written(hub, tmp_path, monkeypatch):
     hub[2].server_close()  # nothing listens there any more
+    started = time.monotonic()
     code, errors = run_on_tiny(tmp_path / "run", *FLAGS, "--model", "timm:test_vit", "--pretrained")
-    assert code == 2 and len(errors.splitlines()) == 1
+    assert time.monotonic() - started < 10  # the library would try for a minute
+    assert code == 2 and len(errors.splitlines()) == 1 and "cannot be reached" in errors
     assert "are not available from the network" in errors and "--pretrained_file" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_never_answers_is_not_waited_for(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(models, "PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="127.0.0.1:.* and timm's cache does not have them"):
+            load_timm_weights(TimmModel("test_vit"))
+        assert time.monotonic() - started < 5
 
 
 # ------------------------------------------------------------------------------------------------------- as a whole
@@ -341,10 +360,9 @@ def test_a_timm_model_is_trained_evaluated_and_asked(tmp_path, monkeypatch, weig
     run_main("evaluate.py", path, "--output_dir", tmp_path / "evaluated")
     assert "test_vit on the 8 test images" in capsys.readouterr().out
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    monkeypatch.chdir(tmp_path)
-    run_main("predict.py", tmp_path / "red.png", "--checkpoint", path)
+    run_main("predict.py", tmp_path / "red.png", "--checkpoint", path, "--output_dir", tmp_path / "figures")
     assert "no pictures of attention: test_vit does not give its attention weights" in capsys.readouterr().out
-    assert (tmp_path / "figures" / "red_prediction.png").exists()
+    assert (tmp_path / "figures" / f"{path.stem}_prediction_red.png").exists()
 
 
 def test_rates_are_those_for_fine_tuning_where_timms_weights_are(tmp_path, monkeypatch, weight_file):

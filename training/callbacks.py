@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch._functorch.config
+import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -262,17 +264,48 @@ def compile_training(runner: Runner, loader: Iterable) -> None:
     """
     model, device = runner.model.train(), runner.device
     before = copy.deepcopy(model.state_dict())
-    compiled, reason = torch.compile(model), None
+    compiled, reason = CompiledModel(runner), None
     images = next(iter(loader))[0].tensor_split(runner.grad_accum)[0].to(device)
     try:
         # each process tries for itself: one that fails would leave the others waiting for its part of a BatchNorm
         with distributed.apart(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            runner.logits(compiled, images).sum().backward()
+            runner.logits(compiled.call, images).sum().backward()
     except Exception as error:  # compilers, code generators and drivers fail in many ways
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        reason = first_line(error)
     model.zero_grad()
     model.load_state_dict(before)
     if distributed.all_reduce(reason is not None) == 0:
         runner.training_model = compiled
-    else:
+    elif not runner.stop:
         print(f"--compile does not work here, going on without: {reason or 'it failed in another process'}")
+
+
+class CompiledModel(nn.Module):
+    """A runner's model through `torch.compile`; as it is, from the first batch on that cannot be compiled.
+
+    A signal that stops a run reaches all its processes (Ctrl-C does), the compilers too, if one is at work: the step is
+    then taken without it, and the run ends with its checkpoint.
+    """
+
+    def __init__(self, runner: Runner):
+        super().__init__()
+        self.model = runner.model
+        self.runner = [runner]  # in a list: not a part of the model, nor is what follows
+        self.call = torch.compile(self.model).__call__
+        # the backward pass is compiled with the forward pass, whose failure is caught below
+        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+            torch._functorch.config.force_non_lazy_backward_lowering = True
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.call is not None:
+            try:
+                return self.call(images)
+            except Exception as error:  # one of the model itself comes again below
+                self.call = None
+                if not self.runner[0].stop:
+                    print(f"--compile does not work for {tuple(images.shape)}, going on without: {first_line(error)}")
+        return self.model(images)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

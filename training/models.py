@@ -3,14 +3,17 @@
 `--model vit`, `--model timm:resnet18`, `--model my_model.py:MyNet`.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from images.augment import import_torchvision
 from network import MODELS
 from support import cli, schema
-from support.files import CheckpointError, require_reasonable_size
+from support.files import CheckpointError, find_file, require_reasonable_size
 from support.model import Model, first_reason, no_larger_than, read_model
 
 
@@ -89,7 +92,7 @@ def import_class(where: str) -> type[nn.Module]:
         ValueError: there is no such file, or no such `nn.Module` in it.
     """
     file, _, name = where.rpartition(":")
-    path = Path(file).resolve()
+    path = find_file(file).resolve()
     if not path.is_file():
         raise ValueError(f"--model {where}: there is no file {file}")
     cli.own_files.add(str(path))
@@ -140,6 +143,7 @@ def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Mod
     Raises:
         CheckpointError: no usable file, or one with a model of another class.
     """
+    path = find_file(path)
     if own_class is None:
         return Model.load(path)
     contents = read_model(path)
@@ -234,6 +238,7 @@ def create_timm_model(name: str, output_size: int, drop_path: float = 0.0) -> nn
 
 # ------------------------------------------------------------------------------------- trained weights to start from
 
+PATIENCE = 5  # seconds in which the server with timm's weights has to answer
 FREE = ("img_size", "output_size", "drop_path")  # arguments in which a model may differ from the one it starts from
 
 
@@ -296,24 +301,65 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
     import timm
 
     name = model.config["name"]
+    path = None if path is None else str(find_file(path))
     if path is not None and not Path(path).is_file():
         raise ValueError(f"the weights of {name} are not available from {path}: there is no such file")
     if path is not None:
         require_reasonable_size(path)
     overlay = None if path is None else {"file": path, "custom_load": Path(path).suffix == ".npz"}
     source = path or "the network"
-    print(f"weights of {name} from {source}" + ("" if path else " or timm's cache (without either, a minute's wait)"))
+    print(f"weights of {name} from {source}" + ("" if path else " or timm's cache ..."), flush=True)
     for chatty in ("huggingface_hub", "timm"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    on_hub = path is None and model.backbone.pretrained_cfg.get("hf_hub_id")
+    silence = hub_silence() if on_hub else ""
     try:  # with its own head: with another one, timm would take a file of which nothing fits
-        trained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        with from_cache_alone() if silence else contextlib.nullcontext():
+            trained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the libraries below have many ways of saying that it did not work
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = silence or " ".join(str(error).split())[:200] or type(error).__name__
         advice = "" if path else ". Without a network, --pretrained_file takes them from a file"
         raise ValueError(f"the weights of {name} are not available from {source}: {reason}{advice}") from None
     head = {id(tensor) for tensor in model.get_classifier().parameters()}
     new = {name: p for name, p in model.backbone.named_parameters() if id(p) in head}
     model.backbone.load_state_dict({**trained.state_dict(), **new})
+
+
+def hub_silence() -> str:
+    """Why the server that timm's weights lie on cannot be asked for them; empty where it answers.
+
+    Without a network the library that asks it tries again and again, in silence, for a minute.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    host, errors = urlsplit(constants.ENDPOINT).netloc, []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        except Exception as error:
+            errors.append(error)
+
+    # in a thread, because looking up an address may take longer than any limit
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        return f"{host} has not answered for {PATIENCE} seconds, and timm's cache does not have them"
+    return f"{host} cannot be reached, and timm's cache does not have them" if errors else ""
+
+
+@contextlib.contextmanager
+def from_cache_alone() -> Iterator[None]:
+    """Within, huggingface_hub asks no server."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def freeze_backbone(model: Model) -> None:

@@ -4,15 +4,20 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from images.loader import Dataset, ImageLoader, Split, unpack_seen
 from network import Model
 from setup_cifar import DATASETS, load_data
 from support import schema
-from support.files import CheckpointError
+from support.files import ROOT, CheckpointError
 from training.models import OwnModel, import_class, load_file
+
+SHEET = ROOT / "demos" / "cifar10_samples.png"
+SHEET_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Model:
@@ -63,6 +68,35 @@ def test_loader(
         data = data.select(metadata["classes"])
     test = not_trained_on(data, [model, *others]) if data.is_folder else data.test
     return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device)
+
+
+def sample_images(model: Model, count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Test images to look at, the first `count` (up to 20) of each class that the model knows: uint8 `(n, 3, h, w)`,
+    and their labels `(n,)`, class by class.
+
+    Those of CIFAR-10 come from a sheet in demos/, which is there without the data set. They are too few to measure how
+    good a model is.
+
+    Raises:
+        CheckpointError, DataError: the model's data set is not on this machine.
+    """
+    classes = model.metadata["classes"]
+    if model.metadata["dataset"] == "cifar10" and SHEET.is_file():
+        images, labels = read_sheet()
+        order = [SHEET_CLASSES.index(name) for name in classes]
+    else:
+        test = test_loader(model, None, 500, "cpu")
+        images, labels, order = test.images, test.labels, range(len(classes))
+    chosen = [(labels == label).nonzero()[:count, 0] for label in order]
+    mine = [torch.full_like(places, label) for label, places in enumerate(chosen)]
+    return images[torch.cat(chosen)], torch.cat(mine)
+
+
+def read_sheet() -> tuple[torch.Tensor, torch.Tensor]:
+    """The sheet's 200 test images of CIFAR-10, uint8 `(200, 3, 32, 32)`, and their labels, 20 of each class."""
+    pixels = np.asarray(Image.open(SHEET).convert("RGB"))  # a row for each class
+    images = pixels.reshape(10, 32, 20, 32, 3).transpose(0, 2, 4, 1, 3).reshape(200, 3, 32, 32)
+    return torch.from_numpy(images.copy()), torch.arange(10).repeat_interleave(20)
 
 
 def load_pictures(source: str, data_dir: str | None, metadata: dict, img_size: int) -> Dataset:
