@@ -206,7 +206,7 @@ def differences(left: Path, right: Path) -> list[str]:
     """What is not equal, bit for bit, between two runs."""
     models = [torch.load(folder / "saved" / f"{NAME}.pt", weights_only=True) for folder in (left, right)]
     reports = [report(folder) for folder in (left, right)]
-    gifs = [(folder / "animation_vit_digits.gif").read_bytes() for folder in (left, right)]
+    gifs = [(folder / "figures/VisionTransformer_digits_animation.gif").read_bytes() for folder in (left, right)]
     weights = [model["weights"] for model in models]
     found = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
     found += [name for name in reports[0]["metrics"] if reports[0]["metrics"][name] != reports[1]["metrics"][name]]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the smallest ViT on digits; its name is MODEL
 MODEL = "VisionTransformer_digits"
 SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --batch_size 200 --name".split()
-SMALL.append(MODEL)
+SMALL += [MODEL, "--keep_checkpoint"]
 
 
 def start(script: str, *args, **options) -> subprocess.Popen:

@@ -200,7 +200,7 @@ def test_the_first_process_alone_writes_and_prints(trained):
         assert (f", in {count} processes" in printed) == (count > 1)
     folders = [trained.folder / f"{count}_0/adamw" for count in (1, 2, 3)]
     written = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in folders]
-    assert "animation_vit_digits.gif" in written[0]
+    assert "figures/VisionTransformer_digits_animation.gif" in written[0]
     assert written[0] == written[1] == written[2]
 
 

@@ -389,8 +389,8 @@ def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, 
         "saved/VisionTransformer_my pets.json",
         "saved/VisionTransformer_my pets.checkpoint",
         "figures/VisionTransformer_my pets_curves.png",
-        "figures/attention_maps_my pets.png",
-        "animation_vit_my pets.gif",
+        "figures/VisionTransformer_my pets_attention_maps.png",
+        "figures/VisionTransformer_my pets_animation.gif",
     }
     path = out / "saved" / "VisionTransformer_my pets.pt"
     model = VisionTransformer.load(path)

@@ -185,9 +185,9 @@ def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_f
 
     with mock.patch.object(Checkpoints, "write", die_at_the_end):
         assert run_on_tiny(tmp_path, *flags)[0] == 9
-    gif = (tmp_path / "animation_vit_digits.gif").read_bytes()
+    gif = (tmp_path / "figures/VisionTransformer_digits_animation.gif").read_bytes()
     assert run_on_tiny(tmp_path, *flags, "--resume") == (0, "")
-    assert (tmp_path / "animation_vit_digits.gif").read_bytes() == gif
+    assert (tmp_path / "figures/VisionTransformer_digits_animation.gif").read_bytes() == gif
     assert not (tmp_path / "figures" / "VisionTransformer_digits_frames").exists()
 
 

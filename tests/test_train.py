@@ -53,13 +53,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_model_figures_and_gif_and_leaves_nothing_else(finished):
     written = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
-    assert written - {f"saved/{MODEL}.lock"} == {
+    assert written == {
         f"saved/{MODEL}.pt",
         f"saved/{MODEL}.json",
-        f"saved/{MODEL}.checkpoint",
+        f"saved/{MODEL}.csv",
+        f"saved/{MODEL}.checkpoint",  # --keep_checkpoint
         f"figures/{MODEL}_curves.png",
-        "figures/attention_maps_digits.png",
-        "animation_vit_digits.gif",
+        "figures/VisionTransformer_digits_attention_maps.png",
+        "figures/VisionTransformer_digits_animation.gif",
     }
 
 
@@ -109,7 +110,7 @@ def test_progress_is_shown_for_every_epoch(finished):
 
 
 def test_the_gif_has_the_frames_asked_for(finished):
-    with Image.open(finished.output / "animation_vit_digits.gif") as gif:
+    with Image.open(finished.output / "figures/VisionTransformer_digits_animation.gif") as gif:
         durations = []
         for frame in range(gif.n_frames):
             gif.seek(frame)

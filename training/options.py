@@ -118,7 +118,7 @@ def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
     if "precision" in config.given and precision:  # where it is chosen by the machine, it goes without saying
         changed["precision"] = precision
     parts += [_label(name, value) for name, value in changed.items()]
-    text = re.sub(r"[^\w.+=-]", "-", "_".join(parts))
+    text = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", "_".join(parts))
     if len(text) > 100:  # a file's name has at most 255 bytes, and has to be read
         text = f"{text[:90].rpartition('_')[0]}_{hash_of(text)}"
     return text
