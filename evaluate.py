@@ -4,13 +4,15 @@
     python evaluate.py saved/VisionTransformer.pt saved/CNN.pt  # each in turn
     python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble      # ... and both together
     python evaluate.py saved/VisionTransformer.pt --flip        # what it says of an image and of its mirror image
+    python evaluate.py --runs saved                             # your runs side by side: a table and their curves
 
 Writes figures/<name>_confusion.png, <name>_calibration.png and <name>_mistakes.png, and every figure in them as
 <name>_evaluation.json; <name> is the model file's, or "ensemble", whose answer is the mean of the models'
-probabilities. How much it gains over each is in ensemble.png and ensemble.json.
+probabilities. How much it gains over each is in ensemble.png and ensemble.json. Of runs it writes runs.csv, runs.html
+and runs.png, from what is stored of them: nothing is computed anew.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+import train
 from network import Model
 from runner import choose_device
 from support import cli
 from support.report import provenance, write_json
 from support.significance import paired_bootstrap
 from training.evaluation_figures import draw_calibration, draw_confusion, draw_ensemble, draw_mistakes
+from training.side_by_side import show
 from training.trained import load_model, mean_probabilities, predict, test_loader
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
@@ -42,12 +46,20 @@ class Config:
     ensemble: bool = False  # also the mean of the models' probabilities, against each of them
     flip: bool = False  # every answer is the mean of the probabilities of an image and of its mirror image
 
+    # runs side by side
+    runs: tuple[str, ...] = ()  # in place of models: reports, checkpoints, folders of them, or saved/*.json
+    sort: str = "val_accuracy"  # the column by which they are sorted, the best first
+    each: bool = False  # a row for every run, rather than one for those that differ in the seed alone
+
 
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         names = [Path(path).stem for path in config.models]
         check(config, names)
+        if config.runs:
+            show(config.runs, asdict(train.Config()), config.sort, config.each, Path(config.output_dir))
+            return
         device = choose_device(config.device)
         models = [load_model(path, device, config.model) for path in config.models]
         if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
@@ -83,6 +95,10 @@ def check(config: Config, names: list[str]) -> None:
     Raises:
         ValueError: what was asked for cannot be done.
     """
+    if config.runs:
+        if names or config.ensemble or config.flip:
+            raise ValueError("--runs shows what is stored of runs: give models, --ensemble and --flip without it")
+        return
     if not names:
         raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
     if config.batch_size < 1:
