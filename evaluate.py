@@ -4,33 +4,34 @@
     python evaluate.py saved/VisionTransformer.pt saved/CNN.pt  # each in turn
     python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble      # ... and both together
     python evaluate.py saved/VisionTransformer.pt --flip        # what it says of an image and of its mirror image
+    python evaluate.py --runs saved                             # your runs side by side: a table and their curves
 
 Writes figures/<name>_confusion.png, <name>_calibration.png and <name>_mistakes.png, and every figure in them as
 <name>_evaluation.json; <name> is the model file's, or "ensemble", whose answer is the mean of the models'
-probabilities. How much it gains over each is in ensemble.png and ensemble.json.
+probabilities. How much it gains over each is in ensemble.png and ensemble.json. Of runs it writes runs.csv, runs.html
+and runs.png, from what is stored of them: nothing is computed anew.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-import utils
+import train
 from network import Model
 from runner import choose_device
 from support import cli
 from support.files import home
 from support.report import provenance, write_results
-from support.significance import paired_bootstrap, wilson
+from support.significance import paired_bootstrap
+from training.evaluation_figures import draw_calibration, draw_confusion, draw_ensemble, draw_mistakes
+from training.side_by_side import show
 from training.trained import load_model, mean_probabilities, predict, test_loader
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
-MISTAKES = 24  # shown in the picture
 
 
 @dataclass
@@ -46,12 +47,20 @@ class Config:
     ensemble: bool = False  # also the mean of the models' probabilities, against each of them
     flip: bool = False  # every answer is the mean of the probabilities of an image and of its mirror image
 
+    # runs side by side
+    runs: tuple[str, ...] = ()  # in place of models: reports, checkpoints, folders of them, or saved/*.json
+    sort: str = "val_accuracy"  # the column by which they are sorted, the best first
+    each: bool = False  # a row for every run, rather than one for those that differ in the seed alone
+
 
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         names = [Path(path).stem for path in config.models]
         check(config, names)
+        if config.runs:
+            show(config.runs, asdict(train.Config()), config.sort, config.each, Path(config.output_dir))
+            return
         device = choose_device(config.device)
         models = [load_model(path, device, config.model) for path in config.models]
         if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
@@ -87,6 +96,10 @@ def check(config: Config, names: list[str]) -> None:
     Raises:
         ValueError: what was asked for cannot be done.
     """
+    if config.runs:
+        if names or config.ensemble or config.flip:
+            raise ValueError("--runs shows what is stored of runs: give models, --ensemble and --flip without it")
+        return
     if not names:
         raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
     if config.batch_size < 1:
@@ -281,129 +294,6 @@ def markdown_table(rows: list[dict]) -> str:
         percentages = " | ".join("" if value is None else f"{value:.1%}" for value in values)
         lines.append(f"| {row['class']} | {percentages} | {row['images']:,} |")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------- pictures
-
-
-def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, title: str) -> Figure:
-    """What each right class (row) is taken for (column), in percent of the row; mistakes by depth of colour, which is
-    all that there is room for with more than 20 classes."""
-    counts = torch.tensor(matrix, dtype=torch.float64)
-    percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    mistakes = percent.clone().fill_diagonal_(0)
-    many = len(classes) > 20
-    cell, size = (12, 6.5) if many else (46, 9.5)
-    side, margin = cell * len(classes), 30 + 8 * max(len(name) for name in classes)
-    note = "percent of each right class (row), by predicted class (column)"
-    figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, f"{title}: what is taken for what", note)
-    axes = utils.add_axes(figure, margin, 128, side, side)
-    axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, 1.4 * mistakes.max().item()))
-    for row in range(len(classes)):
-        axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=utils.GREEN, linewidth=0))
-        for column in range(0 if many else len(classes)):
-            value = percent[row, column].item()
-            style = {"color": utils.DARK if value >= 0.5 else utils.GREY}
-            if row == column:
-                style = {"color": "white", "size": 10.5, "weight": "bold"}
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center_baseline", **style)
-    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if max(map(len, classes)) > 6 else {}
-    axes.set_xticks(range(len(classes)), classes, **({"rotation": 90} if many else slant))
-    axes.set_yticks(range(len(classes)), classes)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=size)
-    axes.spines[:].set_visible(False)
-    utils.save_figure(figure, path)
-    return figure
-
-
-def draw_calibration(report: dict, path: Path, title: str) -> Figure:
-    """Reliability diagram: accuracy by confidence, and below it how many images have that confidence."""
-    rows = [row for row in report["calibration"] if row["images"]]
-    width = 100 / len(report["calibration"])
-    centres = [50 * (row["low"] + row["high"]) for row in rows]
-    accuracies = [100 * row["accuracy"] for row in rows]
-    error, accuracy = 100 * report["expected_calibration_error"], 100 * report["accuracy"]
-    note = f"expected calibration error {error:.1f} %, accuracy {accuracy:.1f} %, {report['images']:,} test images"
-    figure = utils.new_figure(520, 600, f"{title}: calibration", note)
-
-    upper = utils.add_axes(figure, 66, 72, 430, 330)
-    upper.bar(centres, accuracies, width * 0.94, color=utils.BLUE, label="accuracy")
-    ends = [(100 * row["confidence"], accuracy) for row, accuracy in zip(rows, accuracies, strict=True)]
-    for confidence, accuracy in ends:
-        upper.plot([confidence] * 2, [accuracy, confidence], color=utils.VERMILLION, lw=1.6)
-    style = {"color": utils.VERMILLION, "markersize": 4, "clip_on": False, "label": "gap to the confidence"}
-    upper.plot(*zip(*ends, strict=True), "o", **style)
-    upper.plot([0, 100], [0, 100], "--", color=utils.DARK, lw=1, label="perfectly calibrated")
-    upper.set_ylabel("right, % of the images in a bin")
-    upper.legend(loc="upper left")
-    lower = utils.add_axes(figure, 66, 428, 430, 112)
-    lower.bar(centres, [100 * row["images"] / report["images"] for row in rows], width * 0.94, color=utils.GREY)
-    lower.set_ylabel("% of images")
-    lower.set_xlabel("confidence: probability of the predicted class, %")
-    upper.set(xlim=(0, 100), ylim=(0, 100))
-    lower.set_xlim(0, 100)
-    utils.save_figure(figure, path)
-    return figure
-
-
-def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
-    """Left the accuracy of each member and of the ensemble, right what the ensemble gains; with 95 % intervals."""
-    together, members = report["ensemble"], report["members"]
-    rows = [{"name": "ensemble", **together}, *reversed(members)]
-    height = 34 * len(rows)
-    note = f"accuracy on {together['images']:,} test images, and the ensemble's minus each member's; 95 % intervals"
-    figure = utils.new_figure(800, 130 + height, title, note)
-    longest = max(len(row["name"]) for row in rows)
-    margin = min(320, 30 + 6.5 * longest)
-    width = (800 - margin - 60) / 2
-    left = utils.add_axes(figure, margin, 66, width, height)
-    right = utils.add_axes(figure, margin + width + 34, 66, width, height)
-    for y, row in enumerate(rows):
-        color = utils.VERMILLION if y == 0 else utils.BLUE
-        interval = [100 * end for end in wilson(row["accuracy"], row["images"])]
-        left.plot(interval, [y, y], color=color, lw=2)
-        left.plot([100 * row["accuracy"]], [y], "o", color=color, markersize=6)
-        if "bca" in row:
-            right.plot([100 * end for end in row["bca"]], [y, y], color=color, lw=2)
-            right.plot([100 * row["difference"]], [y], "o", color=color, markersize=6)
-    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    right.set_yticks([])
-    right.axvline(0, color=utils.GREY, lw=1)
-    for axes, label in ((left, "test accuracy, %"), (right, "the ensemble's gain, percentage points")):
-        axes.grid()
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(label)
-    utils.save_figure(figure, path)
-    return figure
-
-
-def draw_mistakes(
-    images: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor, classes: list[str], path: Path, title: str
-) -> Figure:
-    """The wrong predictions with the highest probability, most confident first.
-
-    Args:
-        images: uint8 `(n, 3, h, w)`.
-    """
-    confidence, prediction = probabilities.max(dim=1)
-    wrong = (prediction != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    columns, tile, gap = 8, 96, 26  # a gap in which the longest name ends before the next picture
-    note = f"{len(wrong):,} of {len(labels):,} test images are wrong" if worst else "no mistakes"
-    height = 66 + max(1, -(-len(worst) // columns)) * (tile + 48)
-    figure = utils.new_figure(14 + columns * (tile + gap), height, f"{title}: the most confident mistakes", note)
-    for position, i in enumerate(worst):
-        row, column = divmod(position, columns)
-        left, top = 14 + column * (tile + gap), 90 + row * (tile + 48)
-        axes = utils.add_axes(figure, left, top, tile, tile)
-        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
-        axes.axis("off")
-        said = f"{classes[prediction[i]]} {100 * confidence[i]:.0f} %"
-        utils.add_text(figure, left, top - 17, said, utils.VERMILLION, size=8.5, weight="bold")
-        utils.add_text(figure, left, top - 4, f"is: {classes[labels[i]]}", utils.GREEN, size=8.5)
-    utils.save_figure(figure, path)
-    return figure
 
 
 if __name__ == "__main__":

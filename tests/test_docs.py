@@ -126,10 +126,12 @@ def test_links_lead_somewhere(page):
 
 @pytest.fixture
 def copy(tmp_path):
-    """The project's modules, with small models on digits under the names of the committed ones, and a photograph."""
+    """The project's modules, the reports of its studies, small models on digits under the names of the committed ones,
+    and a photograph."""
     for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    shutil.copytree(ROOT / "saved" / "studies", tmp_path / "saved" / "studies")
     (tmp_path / "photos").mkdir()
     for name in ("photo.jpg", "another.png", "photos/one.png"):
         Image.new("RGB", (60, 40), "red").save(tmp_path / name)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 from network import CNN, FeedForward
+from training.evaluation_figures import draw_confusion, draw_mistakes
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_precision_and_recall_from_the_confusion_matrix(predictions):
 def test_mistakes_are_the_most_confident_first(tmp_path):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     probabilities = two_classes([0.6, 0.99, 0.9, 0.7])
-    figure = evaluate.draw_mistakes(
+    figure = draw_mistakes(
         images, probabilities, torch.tensor([1, 0, 1, 1]), ["cat", "dog"], tmp_path / "mistakes.png", ""
     )
     said = [text.get_text() for text in figure.texts if text.get_text().startswith("cat")]
@@ -101,9 +102,9 @@ def test_mistakes_are_the_most_confident_first(tmp_path):
 
 def test_a_model_without_mistakes_can_be_drawn(tmp_path):
     probabilities, labels = two_classes([1.0, 1.0]), torch.zeros(2, dtype=torch.long)
-    evaluate.draw_mistakes(torch.zeros(2, 3, 8, 8), probabilities, labels, ["cat", "dog"], tmp_path / "none.png", "")
+    draw_mistakes(torch.zeros(2, 3, 8, 8), probabilities, labels, ["cat", "dog"], tmp_path / "none.png", "")
     matrix = by_hand(probabilities, labels).tolist()
-    evaluate.draw_confusion(matrix, ["cat", "dog"], tmp_path / "confusion.png", "")
+    draw_confusion(matrix, ["cat", "dog"], tmp_path / "confusion.png", "")
     assert (tmp_path / "none.png").exists() and (tmp_path / "confusion.png").exists()
 
 

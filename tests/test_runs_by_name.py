@@ -1,0 +1,294 @@
+"""What a run is called, that nothing is lost under a name, and what of an earlier run is taken up again."""
+
+import csv
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, refused, run_main, same_weights, start
+
+import train
+from images.loader import Dataset
+from network import Model
+from support import cli
+from training.options import drop_without_effect, name_of
+from training.run import Run
+
+TINY = "--dataset digits --model mlp --hidden_size 8 --epochs 1 --batch_size 200 --gif_frames 0 --device cpu".split()
+
+
+def parsed(*args):
+    return cli.parse(train.Config, list(args), train.dependent_defaults)
+
+
+def named(data: Dataset, *args) -> str:
+    config = parsed(*args)
+    title = {"vit": "VisionTransformer", "cnn": "CNN", "mlp": "MLP"}[config.model]
+    return name_of(title, data, config, train.dependent_defaults(config))
+
+
+# ------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "VisionTransformer"),
+        ("--preset quick", "VisionTransformer_quick"),
+        ("--preset quick --epochs 3", "VisionTransformer_quick_epochs3"),
+        ("--model cnn --epochs 5 --lr 2e-3", "CNN_epochs5_lr0.002"),
+        ("--model mlp", "MLP"),
+        ("--patch_size 8 --num_heads 2", "VisionTransformer_heads2_patch8"),
+        ("--optimizer sgd", "VisionTransformer_sgd"),  # and not its rate, which comes with it
+        ("--augment none --seed 1", "VisionTransformer_seed1_augment_none"),
+        ("--epochs 20 --lr 8e-3", "VisionTransformer"),  # as by default
+        ("--fold 0/5", "VisionTransformer_fold_0of5"),
+        ("--val_fraction 0", "VisionTransformer_all"),
+        ("--init_from saved/CNN.pt", "VisionTransformer_from_CNN"),
+        ("--gif_frames 3 --checkpoint_minutes 1 --threads 1", "VisionTransformer"),  # nothing else is learned
+    ],
+)
+def test_a_name_says_what_is_not_default(flags, name, digits):
+    digits = Dataset("cifar10", digits.classes, digits.train, digits.val, digits.test, flip=True)
+    assert named(digits, *flags.split()) == name
+
+
+def test_other_data_are_in_the_name_but_not_the_values_that_come_with_them(digits):
+    assert named(digits, "--dataset", "digits") == "VisionTransformer_digits"
+
+
+def test_a_long_name_is_cut_and_still_another_for_another_run(digits):
+    flags = "--hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --mlp_ratio 2 --drop_path 0.1 --warmup 0.2"
+    flags += " --label_smoothing 0.05 --ema 0.99 --grad_clip 1 --patience 3 --optimizer adamw --schedule linear"
+    names = [named(digits, "--dataset", "digits", *flags.split(), "--seed", seed) for seed in "12"]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 100
+
+
+def test_another_preset_leaves_the_committed_model_alone(tmp_path):
+    (tmp_path / "saved").mkdir()
+    for ending in ("pt", "json"):
+        shutil.copy(ROOT / "saved" / f"VisionTransformer.{ending}", tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    run_main("train.py", "--preset", "quick", *TINY[:2], *"--gif_frames 0 --device cpu --output_dir".split(), tmp_path)
+    assert (tmp_path / "saved" / "VisionTransformer_digits_quick.pt").exists()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ------------------------------------------------------------------------------------------- nothing is overwritten
+
+
+def test_a_finished_run_with_other_hyperparameters_is_set_aside(tmp_path, capsys):
+    flags = [*TINY, "--output_dir", tmp_path, "--name", "mine"]
+    run_main("train.py", *flags)
+    first = (tmp_path / "saved" / "mine.pt").read_bytes()
+    run_main("train.py", *flags)  # the same again takes its place
+    assert not list((tmp_path / "saved").glob("*_old*"))
+    capsys.readouterr()
+    run_main("train.py", *flags, "--lr", "0.5")
+    assert "mine_old1" in capsys.readouterr().out
+    run_main("train.py", *flags, "--lr", "0.25")
+    saved = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert saved == {f"mine{old}.{ending}" for old in ("", "_old1", "_old2") for ending in ("pt", "json", "csv")}
+    assert (tmp_path / "saved" / "mine_old1.pt").read_bytes() == first
+    curves = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert curves == {f"mine{old}_curves.png" for old in ("", "_old1", "_old2")}
+
+
+def test_a_run_on_other_images_is_set_aside(tmp_path):
+    flags = [*TINY, "--output_dir", tmp_path, "--name", "mine"]
+    run_main("train.py", *flags, "--classes", "1,2")
+    run_main("train.py", *flags, "--classes", "1,3")
+    assert Model.load(tmp_path / "saved" / "mine_old1.pt").metadata["classes"] == ["1", "2"]
+
+
+def test_a_model_without_a_report_is_set_aside(tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "mine.pt").write_bytes(b"precious")
+    run_main("train.py", *TINY, "--output_dir", tmp_path, "--name", "mine")
+    assert (tmp_path / "saved" / "mine_old1.pt").read_bytes() == b"precious"
+
+
+def test_a_finished_run_leaves_neither_lock_nor_checkpoint(tmp_path, capsys):
+    run_main("train.py", *TINY, "--output_dir", tmp_path, "--name", "mine")
+    assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".pt", ".json", ".csv"}
+    capsys.readouterr()
+    run_main("train.py", "--resume", "--name", "mine", "--output_dir", tmp_path)
+    assert "this run has finished: test accuracy" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- runs taken up again
+
+
+def interrupt(tmp_path, *args):
+    """Send SIGINT once there is a checkpoint; what the run printed."""
+    process = start("train.py", *SMALL, "--output_dir", tmp_path, "--name", "mine", *args)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "saved" / "mine.checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130, complaints
+    return printed
+
+
+def test_resume_with_a_name_alone_goes_on_with_its_own_hyperparameters(tmp_path):
+    flags = "--epochs 30 --lr 0.003 --augment none --seed 3 --gif_frames 0".split()
+    printed = interrupt(tmp_path, *flags)
+    assert f"--output_dir {tmp_path} --resume --name mine" in printed
+    with open(tmp_path / "saved" / "mine.csv", encoding="utf-8") as file:  # whole after Ctrl-C, each step in a line
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows if row["train_loss"]]
+    assert steps == list(range(1, len(steps) + 1)) and any(row["val_accuracy"] for row in rows)
+    run_main("train.py", "--resume", "--name", "mine", "--output_dir", tmp_path)
+    run_main("train.py", *SMALL, *flags, "--name", "whole", "--output_dir", tmp_path)
+    assert same_weights(*(Model.load(tmp_path / "saved" / f"{name}.pt") for name in ("mine", "whole")))
+    tables = [(tmp_path / "saved" / f"{name}.csv").read_text(encoding="utf-8") for name in ("mine", "whole")]
+    assert tables[0] == tables[1]
+
+
+def test_flags_beside_resume_are_compared(tmp_path, capfd):
+    interrupt(tmp_path, "--epochs", "200", "--gif_frames", "0")
+    with refused(capfd, tmp_path, "epochs was 200 and is 300", "leave the flag out"):
+        run_main("train.py", "--resume", "--name", "mine", "--output_dir", tmp_path, "--epochs", "300")
+
+
+def test_an_interrupted_run_is_set_aside_and_can_go_on_under_its_new_name(tmp_path, capsys):
+    interrupt(tmp_path, "--epochs", "12", "--gif_frames", "4")
+    run_main("train.py", *TINY, "--output_dir", tmp_path, "--name", "mine")
+    assert "--resume --name mine_old1" in capsys.readouterr().out
+    run_main("train.py", "--resume", "--name", "mine_old1", "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "saved" / "mine_old1.json").read_text(encoding="utf-8"))
+    assert report["results"]["epochs"] == 12 and (tmp_path / "figures" / "mine_old1_animation.gif").exists()
+
+
+def test_resume_without_a_checkpoint_names_those_that_there_are(tmp_path, capfd):
+    interrupt(tmp_path, "--epochs", "200", "--gif_frames", "0")
+    with refused(capfd, tmp_path, "no ", "--name mine"):
+        run_main("train.py", "--resume", *TINY, "--output_dir", tmp_path)
+
+
+def test_config_repeats_a_stored_run(tmp_path):
+    run_main("train.py", *TINY, "--lr", "0.01", "--output_dir", tmp_path, "--name", "mine")
+    again = ["--config", tmp_path / "saved" / "mine.json", "--output_dir", tmp_path / "again", "--gif_frames", 0]
+    run_main("train.py", *again)
+    name = "MLP_digits_hidden8_epochs1_batch200_lr0.01"
+    first, second = Model.load(tmp_path / "saved/mine.pt"), Model.load(tmp_path / f"again/saved/{name}.pt")
+    assert same_weights(first, second)
+    run_main("train.py", *again, "--seed", 7)
+    assert not same_weights(first, Model.load(tmp_path / f"again/saved/{name.replace('_epochs', '_seed7_epochs')}.pt"))
+
+
+def test_config_takes_the_report_of_an_earlier_version():
+    config = cli.parse(
+        train.Config,
+        ["--config", str(ROOT / "saved" / "VisionTransformer.json"), "--seed", "1"],
+        train.dependent_defaults,
+        train.stored_values,
+    )
+    assert config.augment == "crop_flip" and config.epochs == 20 and config.seed == 1 and config.name is None
+
+
+def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
+    report = json.loads((ROOT / "saved" / "CNN.json").read_text(encoding="utf-8"))
+    report["config"]["pooling"] = "maximum"
+    (tmp_path / "x.json").write_text(json.dumps(report), encoding="utf-8")
+    with refused(capfd, tmp_path, "x.json", "pooling cannot be 'maximum'"):
+        run_main("train.py", "--config", tmp_path / "x.json", "--output_dir", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- what has no effect
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model cnn --patch_size 2 --num_heads 5", "--num_heads, --patch_size have no effect on a CNN"),
+        ("--monitor accuracy", "--monitor has no effect without --patience"),
+        ("--tokenizer_depth 2", "--tokenizer_depth has no effect without --tokenizer conv"),
+        ("--preset quick --model cnn", "what --preset quick says of"),
+        ("--fold 0/5 --val_fraction 0.3", "--val_fraction has no effect with --fold"),
+        ("--model mlp --pooling cls", "--pooling has no effect on a MLP"),
+        ("--tokenizer conv --tokenizer_depth 2 --patience 3 --monitor accuracy", ""),
+        ("--model cnn", ""),
+        ("", ""),
+    ],
+)
+def test_flags_without_effect_are_said(flags, said, digits, capsys):
+    config = parsed(*flags.split(), "--dataset", "digits")
+    drop_without_effect(config, digits)
+    printed = capsys.readouterr().out
+    assert said in printed and (printed == "") == (said == "") and printed.count("\n") <= 1
+
+
+def test_what_has_no_effect_is_neither_in_the_name_nor_in_the_report(tmp_path):
+    run_main("train.py", *TINY, "--output_dir", tmp_path, "--num_heads", 7, "--patch_size", 2)
+    (path,) = (tmp_path / "saved").glob("*.json")
+    assert path.stem == "MLP_digits_hidden8_epochs1_batch200"
+    assert json.loads(path.read_text(encoding="utf-8"))["config"]["num_heads"] == train.Config.num_heads
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ("--optimizer adm", "did you mean adam"),
+        ("--schedule cosin", "did you mean cosine"),
+        ("--modl cnn", "did you mean --model"),
+        ("--model vitt", "did you mean vit"),
+        ("--augment randaug", "did you mean randaugment"),
+        ("--dataset cifar", "did you mean cifar10"),
+        ("--preset quik", "did you mean quick"),
+    ],
+)
+def test_what_is_misspelled_gets_a_suggestion(flags, hint, tmp_path, capfd):
+    with refused(capfd, tmp_path, hint):
+        run_main("train.py", *flags.split(), "--output_dir", tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- all images, few images
+
+
+def test_without_validation_all_images_are_trained_on_and_it_is_said(tmp_path, capsys):
+    flags = [*TINY, "--output_dir", tmp_path, "--val_fraction", 0, "--gif_frames", 2, "--epochs", 2]
+    run_main("train.py", *flags)
+    printed = capsys.readouterr().out
+    assert "1,437 images" in printed and "nothing is validated" in printed and "nothing was validated" in printed
+    (path,) = (tmp_path / "saved").glob("*.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["results"]["val_accuracy"] is None and not report["results"]["validated"]
+    assert report["metrics"]["val_loss"] == [] and path.stem.startswith("MLP_digits_all")
+    model = Model.load(path.with_suffix(".pt"))
+    assert model.metadata["fingerprints"]["train"].startswith("1437 images")
+
+
+def test_early_stopping_without_validation_is_refused(tmp_path, capfd):
+    with refused(capfd, tmp_path, "--patience needs validation images"):
+        run_main("train.py", *TINY, "--output_dir", tmp_path, "--val_fraction", 0, "--patience", 2)
+
+
+def test_a_batch_larger_than_the_training_set_shrinks_with_a_line(tmp_path, capsys):
+    few = ["--label_fraction", 0.05, "--batch_size", 128]  # five or six images of each digit
+    run_main("train.py", *TINY, *few, "--output_dir", tmp_path)
+    assert "batch_size is 14 here, as there are only 5" in capsys.readouterr().out
+
+
+def test_the_defaults_for_digits_say_so(digits):
+    config = parsed("--dataset", "digits")
+    assert (config.epochs, config.batch_size) == (12, 16)
+    assert parsed("--dataset", "digits", "--epochs", "5").epochs == 5
+
+
+def test_auto_that_finds_digits_takes_their_defaults_too(tmp_path, monkeypatch):
+    config = parsed("--data_dir", str(tmp_path), "--lr", "0.001")
+    with Run(config):
+        data = train.load_images(config)
+    assert (data.name, config.dataset, config.epochs, config.batch_size, config.lr) == (
+        "digits",
+        "digits",
+        12,
+        16,
+        0.001,
+    )
+    torch.manual_seed(0)
