@@ -100,6 +100,8 @@ def check(config: Config, names: list[str]) -> None:
         if names or config.ensemble or config.flip:
             raise ValueError("--runs shows what is stored of runs: give models, --ensemble and --flip without it")
         return
+    if config.each or config.sort != Config.sort:
+        raise ValueError("--sort and --each are for --runs")
     if not names:
         raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
     if config.batch_size < 1:

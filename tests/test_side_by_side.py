@@ -126,13 +126,17 @@ def test_a_run_that_has_not_finished(tmp_path, compare):
     assert (row["epochs"], row["epochs_asked_for"], row["finished"]) == ("1", "3", "False")
     assert "1 of 3 *" in printed.out and "* not finished" in printed.out and row["test_accuracy"] == ""
     assert 0 <= float(row["val_accuracy"]) <= 1 and float(row["minutes"]) > 0
-    assert run_on_tiny(tmp_path, *flags, "--resume") == (0, "")  # its checkpoint stays beside the report
+    unfinished = checkpoint.read_bytes()
+    assert run_on_tiny(tmp_path, *flags, "--resume") == (0, "")
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(unfinished)  # beside the report
     for paths in (["saved"], ["saved/VisionTransformer_digits.checkpoint", "saved/*.json"]):
         rows, printed = compare(*(tmp_path / path for path in paths))
         ended = rows["VisionTransformer_digits"]
         assert (ended["epochs"], ended["finished"]) == ("3", "True") and "*" not in printed.out
         assert ended["parameters"] == row["parameters"]  # of which BatchNorm's statistics are none
     checkpoint.with_suffix(".json").unlink()
+    checkpoint.write_bytes(whole)
     assert compare(checkpoint)[0]["VisionTransformer_digits"]["test_accuracy"] == ended["test_accuracy"]
 
 
@@ -155,13 +159,19 @@ def test_damaged_and_foreign_files_are_left_out_with_a_line_unless_nothing_remai
     whole = store(tmp_path / "saved/a.json")
     (tmp_path / "saved/cut.json").write_bytes(whole.read_bytes()[:300])
     write_json(tmp_path / "saved/foreign.json", {"name": "x", "scripts": {}})
+    store(tmp_path / "saved/odd.json", more={"images": ["of", "another", "kind"]})
     (tmp_path / "saved/cut.checkpoint.previous").touch()
     (tmp_path / "saved/a.pt").touch()
     (tmp_path / "saved/b.checkpoint").write_bytes(b"PK")
     rows, printed = compare(tmp_path / "saved")
     assert list(rows) == ["a"]
     lines = printed.err.splitlines()
-    assert [re.search(r"saved.(\w+\.\w+)", line)[1] for line in lines] == ["b.checkpoint", "cut.json", "foreign.json"]
+    assert [re.search(r"saved.(\w+\.\w+)", line)[1] for line in lines] == [
+        "b.checkpoint",
+        "cut.json",
+        "foreign.json",
+        "odd.json",
+    ]
     for name in ("cut.json", "foreign.json", "a.pt", "missing.json", "missing*"):
         code, error = outcome("evaluate.py", "--output_dir", tmp_path / "none", "--runs", tmp_path / "saved" / name)
         assert code == 2 and error.count("\n") == 0 and name in error
@@ -173,7 +183,9 @@ def test_what_cannot_be_asked_of_runs_is_refused(tmp_path, flags):
     path = store(tmp_path / "a.json")
     code, error = outcome("evaluate.py", "--output_dir", tmp_path / "none", "--runs", path, *flags)
     assert code == 2 and flags[-1] in error and not (tmp_path / "none").exists()
-    code, error = outcome("evaluate.py", "saved/CNN.pt", "--runs", path)
+    code, error = outcome("evaluate.py", "saved/CNN.pt", "--output_dir", tmp_path / "none", "--runs", path)
+    assert code == 2 and "--runs" in error
+    code, error = outcome("evaluate.py", "saved/CNN.pt", "--output_dir", tmp_path / "none", "--each")
     assert code == 2 and "--runs" in error
 
 

@@ -14,17 +14,20 @@ from training.run import RunOptions
 
 # of a report what is needed here: reports of earlier versions say less, and a run without validation has no such values
 FIGURES = {"accuracy": schema.FRACTION, "loss": schema.NUMBER}
-REPORT = {
-    "results": schema.optional(
-        {},
-        parameters=schema.COUNT,
-        epochs=schema.COUNT,
-        training_seconds=schema.NOT_NEGATIVE,
-        **{f"{part}_{what}": schema.maybe(kind) for part in ("val", "test") for what, kind in FIGURES.items()},
-    ),
-    "config": schema.optional({...: schema.PLAIN}, model=schema.TEXT, epochs=schema.SIZE, seed=schema.COUNT),
-    "metrics": {f"val_{what}": [schema.maybe(kind)] for what, kind in FIGURES.items()},
-}
+REPORT = schema.optional(
+    {
+        "results": schema.optional(
+            {},
+            parameters=schema.COUNT,
+            epochs=schema.COUNT,
+            training_seconds=schema.NOT_NEGATIVE,
+            **{f"{part}_{what}": schema.maybe(kind) for part in ("val", "test") for what, kind in FIGURES.items()},
+        ),
+        "config": schema.optional({...: schema.PLAIN}, model=schema.TEXT, epochs=schema.SIZE, seed=schema.COUNT),
+        "metrics": {f"val_{what}": [schema.maybe(kind)] for what, kind in FIGURES.items()},
+    },
+    images=schema.TEXT,
+)
 NOT_LEARNED = {field.name for field in fields(RunOptions)} - {"precision"} | {"preset"}  # a preset's values all count
 MEASURED = (
     "parameters",
