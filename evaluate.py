@@ -59,7 +59,13 @@ def main(args: list[str] | None = None) -> None:
         names = [Path(path).stem for path in config.models]
         check(config, names)
         if config.runs:
-            show(config.runs, asdict(train.Config()), config.sort, config.each, Path(config.output_dir))
+            show(
+                config.runs,
+                asdict(train.Config()),
+                config.sort,
+                config.each,
+                Path(config.output_dir or home() / "figures"),
+            )
             return
         device = choose_device(config.device)
         models = [load_model(path, device, config.model) for path in config.models]
