@@ -2,6 +2,7 @@
 
     python train.py                                   # the Vision Transformer, 20 epochs
     python train.py --model cnn --epochs 5            # every hyperparameter below is also a flag
+    python train.py --minutes 10                      # as many epochs as this computer trains in ten minutes
     python train.py --resume                          # go on with an interrupted run
     torchrun --nproc_per_node=2 train.py              # in two processes, on two cores or GPUs
 
@@ -9,6 +10,7 @@ Writes saved/<Model>.pt (the model), saved/<Model>.json (the figures and how the
 attention maps under figures/, and animation_<model>.gif.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +19,13 @@ import torch.nn as nn
 
 from images.loader import Dataset, split_names
 from network import Model
+from runner import steps_in
 from setup_cifar import load_data
 from support import cli, distributed
 from training.callbacks import EarlyStopping, WeightAverage, WithProgress, compile_training
 from training.models import build_model, freeze_backbone, load_timm_weights, start_from
 from training.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
+from training.plan import plan, whole
 from training.presets import PRESETS
 from training.run import Run, RunOptions, check
 
@@ -30,7 +34,7 @@ from training.run import Run, RunOptions, check
 class Config(RunOptions):
     """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
 
-    preset: Literal[tuple(PRESETS)] = "default"  # other aims: see training/presets.py
+    preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: see training/presets.py; auto, with --minutes, chooses
 
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
@@ -65,7 +69,7 @@ class Config(RunOptions):
     # of initial weights, order and augmentation: the same seed gives the same weights, bit for bit, on CPUs of one kind
     # with as many threads and the same versions
     seed: int = 0
-    epochs: int = 20  # passes over the training images
+    epochs: float = 20  # passes over the training images; the last of 1.6, say, ends early
     batch_size: int = 128  # images in a step; several processes share them
     grad_accum: int = 1  # batches whose gradients are summed for a step, which is that of a batch so much larger
     # none, or crop_flip, and with it one or several (randaugment+cutmix) of randaugment, trivialaugment, autoaugment,
@@ -85,6 +89,9 @@ class Config(RunOptions):
     monitor: Literal["loss", "accuracy"] = "loss"  # of the validation images: what has to improve
     min_improvement: float = 0.0  # the least that counts: of the loss in nats, of the accuracy as a fraction
 
+    def __post_init__(self):
+        self.epochs = whole(self.epochs)
+
 
 # What takes the place of lr and weight_decay with `--optimizer`. Adam and SGD add the decay to the gradient, AdamW and
 # Muon take it off the weights, so that one value cannot serve all.
@@ -102,6 +109,7 @@ def main(args: list[str] | None = None) -> None:
     with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
         data = load_images(config)
+        deadline = plan(run, data, lambda preset: with_preset(args, preset))  # --minutes: chooses the epochs
 
         torch.manual_seed(config.seed)
         model = build_model(config.model, run.hyperparameters, data.image_size, len(data.classes))
@@ -113,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
         val_loader, test_loader = (data.loader(part, 500, run.device, **run.share) for part in ("val", "test"))
 
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
-        schedule = build_schedule(optimizer, config.epochs * len(train_loader), config.warmup, config.schedule)
+        schedule = build_schedule(optimizer, steps_in(config.epochs, len(train_loader)), config.warmup, config.schedule)
         runner = run.runner(
             model,
             optimizer,
@@ -129,6 +137,8 @@ def main(args: list[str] | None = None) -> None:
         if config.patience:
             best = EarlyStopping(config.monitor, config.patience, config.min_improvement, run.save_best)
             runner.callbacks.append(best)
+        if deadline:
+            runner.callbacks.append(deadline)
         runner.callbacks += run.callbacks(val_loader)  # the GIF's frames, TensorBoard, checkpoints
 
         if not run.start(runner, train_loader):  # it had finished already
@@ -149,7 +159,15 @@ def dependent_defaults(config: Config) -> dict:
     values = {"optimizer": optimizer, **RATES.get(optimizer, {})} if optimizer != Config.optimizer else {}
     if (config.pretrained or config.pretrained_file) and optimizer in ("adam", "adamw"):
         values["lr"] = FINE_TUNING_RATE
-    return {**values, **PRESETS[config.preset]}
+    values |= PRESETS.get(config.preset, {})
+    # None: not yet chosen, see training/plan.py
+    return {**values, "epochs": None} if config.minutes or config.resume else values
+
+
+def with_preset(args: list[str] | None, preset: str) -> Config:
+    """The config with this preset in place of the one that the flags name."""
+    args = sys.argv[1:] if args is None else args
+    return cli.parse(Config, [*args, "--preset", preset], dependent_defaults, remember=False)
 
 
 def load_images(config: Config) -> Dataset:

@@ -99,7 +99,7 @@ MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
 METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     {
-        "config": optional({"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN}, grad_accum=SIZE, epochs=SIZE),
+        "config": optional({"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN}, grad_accum=SIZE, epochs=POSITIVE),
         "results": maybe(Kind("results", lambda value: fits(value, RESULTS))),
         "runner": {
             "model": {...: TENSOR},
@@ -119,7 +119,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
 REPORT = optional(  # saved/<name>.json, by training/run.py
     {
         "results": RESULTS,
-        "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
+        "config": optional({"epochs": POSITIVE, "seed": COUNT}, name=maybe(TEXT)),
         "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
         "metrics": optional(METRICS["val"], **METRICS["train"]),
         "val_seconds": [NOT_NEGATIVE],

@@ -70,7 +70,7 @@ class ProgressBar:
             self._note_start(runner)
             options = {"leave": False, "mininterval": 0.5, "dynamic_ncols": True, "disable": distributed.rank() > 0}
             title = f"epoch {runner.epoch + 1}/{runner.total_epochs}"
-            self.bar = tqdm(desc=title, total=runner.steps_per_epoch, initial=runner.batch, unit="step", **options)
+            self.bar = tqdm(desc=title, total=runner.epoch_steps, initial=runner.batch, unit="step", **options)
 
     def step_end(self, runner: Runner) -> None:
         if self.bar.update():  # it is time to redraw the bar
@@ -78,7 +78,7 @@ class ProgressBar:
             skipped = f", {runner.skipped} steps skipped" if runner.skipped else ""
             text = f"loss {loss / images:.3f}, accuracy {correct / images:.1%}, " if images else ""
             self.bar.set_postfix_str(f"{text}{self._left(runner)} left in all{skipped}", refresh=False)
-        if runner.batch == runner.steps_per_epoch:
+        if runner.batch >= runner.epoch_steps:
             self.close()
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from training.callbacks import Clock, EarlyStopping, Frames, ProgressBar, Tensor
 from training.checkpoints import Checkpoints
 from training.models import find_model
 from training.parallel import OwnNumbers, ParallelRunner
+from training.plan import check_minutes
 
 
 @dataclass
@@ -42,6 +43,7 @@ class RunOptions:
     output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
     resume: bool = False  # go on from the last checkpoint of the run of this name
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
+    minutes: float | None = None  # in place of epochs: as many are trained as end, with all that a run does, in this time
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
@@ -222,7 +224,7 @@ class Run:
             return
         results = {
             "parameters": num_parameters(runner.model),
-            "epochs": runner.epoch,
+            "epochs": min(runner.epoch, config.epochs),
             "tested_epoch": epoch,
             "val_accuracy": runner.metrics["val_accuracy"][epoch - 1],
             "val_loss": runner.metrics["val_loss"][epoch - 1],
@@ -323,7 +325,7 @@ class Paths:
 
 # ------------------------------------------------------------------------------------- what cannot be trained
 
-POSITIVE = ("epochs", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
+POSITIVE = ("epochs", "minutes", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
 NOT_NEGATIVE = ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration")
 BELOW_ONE = ("warmup", "label_smoothing", "ema")  # and at least 0
 FRACTIONS = ("layer_decay", "label_fraction")  # above 0 and at most 1
@@ -345,8 +347,9 @@ def check(config) -> None:
         (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
     ):
         for name in names:
-            if not holds(getattr(config, name)):
+            if getattr(config, name) is not None and not holds(getattr(config, name)):
                 raise ValueError(f"{name} {getattr(config, name)} {what}")
+    check_minutes(config)
     parse_augment(config.augment)
     find_model(config.model)
     if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
