@@ -125,7 +125,7 @@ class Costs:
 
 def epochs_of(steps: int, steps_per_epoch: int) -> float:
     """In epochs, rounded down to a hundredth, or as much finer as epochs are long, so that it is easily typed."""
-    digits = max(2, len(str(steps_per_epoch)) - 1)
+    digits = max(2, len(str(2 * steps_per_epoch)) - 1)  # no coarser than five steps
     return whole(max(1, math.floor(steps * 10**digits / steps_per_epoch + 1e-6)) / 10**digits)
 
 
@@ -268,7 +268,7 @@ def choose(run, data: Dataset, with_preset: Callable[[str], object], began: floa
         candidate = dataclasses.replace(config)
         if config.preset == "auto":
             use_preset(candidate, name, with_preset)
-            if (curve := stored_curve(name)) is None:
+            if stored_curve(name) is None:
                 continue
         found[name] = candidate, measure(candidate, data, run.device, seconds / (1 if len(names) == 1 else 2))
     left = AIM * limit - (time.monotonic() - began)
@@ -294,8 +294,8 @@ def choose(run, data: Dataset, with_preset: Callable[[str], object], began: floa
         use_preset(config, name, with_preset)
     config.epochs, costs = fits[name], found[name][1]
     print(
-        f"--minutes {config.minutes:g} is --epochs {config.epochs} at {1000 * costs.step:.0f} ms a step here; start and "
-        f"measuring took {time.monotonic() - began:.0f} s, test and pictures will take about {costs.finish:.0f} s",
+        f"--minutes {config.minutes:g} is --epochs {config.epochs} at {1000 * costs.step:.0f} ms a step here; start "
+        f"and measuring took {time.monotonic() - began:.0f} s, test and pictures will take about {costs.finish:.0f} s",
         flush=True,
     )
     run.costs = costs

@@ -43,7 +43,7 @@ class RunOptions:
     output_dir: str = "."  # the folder that saved/, figures/ and the GIF go to
     resume: bool = False  # go on from the last checkpoint of the run of this name
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
-    minutes: float | None = None  # in place of epochs: as many are trained as end, with all that a run does, in this time
+    minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
