@@ -93,11 +93,13 @@ class Runner:
         self.step = 0  # optimiser steps made
         self.skipped = 0  # of these, steps left out because of a loss or gradient that is not finite
         self.totals = torch.zeros(3, device=self.device)  # see `totals_of`: of the epoch that runs, or has just ended
-        self.total_epochs = self.total_steps = self.steps_per_epoch = None  # of the training that runs
+        # of the training that runs; a callback may change `total_steps`
+        self.total_steps = self.steps_per_epoch = None
         self._unread = []  # of steps not yet in `metrics`: step, and `totals_of` it with the gradients' norm
 
-    def train(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: int = 20) -> dict[str, list]:
-        """Train for `epochs` more epochs, with validation after each; returns `metrics`.
+    def train(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: float = 20) -> dict[str, list]:
+        """Train for `epochs` more epochs, with validation after each; returns `metrics`. Of 1.6 epochs the second ends
+        after 0.6 of its steps; it is validated and counted like the first.
 
         Loaders give `(images, labels)` batches: the project's ImageLoader or a torch DataLoader. Labels in training may
         be probabilities `(batch, classes)`, of which accuracy takes the likeliest class for the right one.
@@ -105,24 +107,24 @@ class Runner:
         Raises:
             NonFiniteLoss: the training or validation loss, or a gradient, is infinite or not a number.
         """
-        if epochs < 1 or not len(train_loader):
+        if epochs <= 0 or not len(train_loader):
             raise ValueError(f"nothing to train: {epochs} epochs of {len(train_loader)} batches")
-        self.total_epochs, self.steps_per_epoch = self.epoch + epochs, len(train_loader)
-        self.total_steps = self.step - self.batch + epochs * self.steps_per_epoch
+        self.steps_per_epoch = len(train_loader)
+        self.total_steps = self.step - self.batch + steps_in(epochs, self.steps_per_epoch)
         self.stop = False
         self._call("train_start")
-        while self.epoch < self.total_epochs and not self.should_stop():
+        while (self.batch or self.step < self.total_steps) and not self.should_stop():
             self.model.train()
             if self.batch == 0:
                 self.totals.zero_()
-            for images, labels in self._remaining_batches(train_loader):
+            for images, labels in self._remaining_batches(train_loader) if self.batch < self.epoch_steps else ():
                 self._call("step_start")
                 self.train_step(*self._to_device(images, labels))
                 self._call("step_end")
-                if self.should_stop():
+                if self.should_stop() or self.batch >= self.epoch_steps:
                     break
             self.read_steps()
-            if self.batch < self.steps_per_epoch:
+            if self.batch < self.epoch_steps:
                 break
             if val_loader is not None:
                 self._record("val", *self.test(val_loader), self.step)
@@ -132,6 +134,16 @@ class Runner:
                 print(f"epoch {self.epoch}/{self.total_epochs}:", ", ".join(last), flush=True)
             self._call("epoch_end")
         return self.metrics
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of the epoch that runs: the last one may be cut short."""
+        return min(self.steps_per_epoch, self.total_steps - self.step + self.batch)
+
+    @property
+    def total_epochs(self) -> int:
+        """Of the training that runs, one that is cut short included."""
+        return self.epoch - (-(self.total_steps - self.step + self.batch) // self.steps_per_epoch)
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimiser step with a batch that lies on the device."""
@@ -231,6 +243,11 @@ class Runner:
             loader.set_epoch(self.epoch, self.batch)
             return loader
         return itertools.islice(loader, self.batch, None)
+
+
+def steps_in(epochs: float, steps_per_epoch: int) -> int:
+    """Steps in so many epochs, at least one; what is added to whole epochs adds the same number of steps to theirs."""
+    return max(1, math.floor(epochs * steps_per_epoch + 0.5 + 1e-6))
 
 
 def totals_of(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

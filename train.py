@@ -2,6 +2,7 @@
 
     python train.py                                   # the Vision Transformer, 20 epochs
     python train.py --model cnn --epochs 5            # every hyperparameter below is also a flag
+    python train.py --minutes 10                      # as many epochs as this computer trains in ten minutes
     python train.py --resume --name CNN_epochs5       # go on with an interrupted run
     python train.py --config saved/CNN_epochs5.json   # do again what a run did
     torchrun --nproc_per_node=2 train.py              # in two processes, on two cores or GPUs
@@ -10,6 +11,7 @@ Writes saved/<name>.pt (the model), .json (the figures and how they came about) 
 and figures/<name>_curves.png, <name>_attention_maps.png and <name>_animation.gif. The name says what is not default.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +20,14 @@ import torch.nn as nn
 
 from images.loader import Dataset, split_names
 from network import Model
+from runner import steps_in
 from setup_cifar import load_data
 from support import cli, distributed
 from training.callbacks import EarlyStopping, WeightAverage, WithProgress, compile_training
 from training.models import build_model, freeze_backbone, load_timm_weights, start_from
 from training.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
-from training.options import RunOptions, check, drop_without_effect, stored_values
+from training.options import RunOptions, check, drop_without_effect, stored_values, whole
+from training.plan import plan
 from training.presets import PRESETS
 from training.run import Run
 
@@ -32,7 +36,7 @@ from training.run import Run
 class Config(RunOptions):
     """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
 
-    preset: Literal[tuple(PRESETS)] = "default"  # other aims: see training/presets.py
+    preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: training/presets.py; auto chooses one by --minutes
 
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
@@ -69,7 +73,7 @@ class Config(RunOptions):
     # of initial weights, order and augmentation: the same seed gives the same weights, bit for bit, on CPUs of one kind
     # with as many threads and the same versions
     seed: int = 0
-    epochs: int = 20  # passes over the training images
+    epochs: float = 20  # passes over the training images; the last of 1.6, say, ends early
     batch_size: int = 128  # images in a step; several processes share them
     grad_accum: int = 1  # batches whose gradients are summed for a step, which is that of a batch so much larger
     # none, or crop_flip, and with it one or several (randaugment+cutmix) of randaugment, trivialaugment, autoaugment,
@@ -88,6 +92,9 @@ class Config(RunOptions):
     patience: int = 0  # epochs without improvement after which to stop and use the best epoch's weights; 0: never
     monitor: Literal["loss", "accuracy"] = "loss"  # of the validation images: what has to improve
     min_improvement: float = 0.0  # the least that counts: of the loss in nats, of the accuracy as a fraction
+
+    def __post_init__(self):
+        self.epochs = whole(self.epochs)
 
 
 # What takes the place of lr and weight_decay with `--optimizer`. Adam and SGD add the decay to the gradient, AdamW and
@@ -108,6 +115,7 @@ def main(args: list[str] | None = None) -> None:
     with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
         data = load_images(config)
+        deadline = plan(run, data, lambda preset: with_defaults(config, preset=preset))  # --minutes chooses the epochs
         drop_without_effect(config, data)
 
         torch.manual_seed(config.seed)
@@ -121,7 +129,7 @@ def main(args: list[str] | None = None) -> None:
         validation = WithProgress(val_loader, "validating") if len(data.val) else None
 
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
-        schedule = build_schedule(optimizer, config.epochs * len(train_loader), config.warmup, config.schedule)
+        schedule = build_schedule(optimizer, steps_in(config.epochs, len(train_loader)), config.warmup, config.schedule)
         runner = run.runner(
             model,
             optimizer,
@@ -137,6 +145,8 @@ def main(args: list[str] | None = None) -> None:
         if config.patience:
             best = EarlyStopping(config.monitor, config.patience, config.min_improvement, run.save_best)
             runner.callbacks.append(best)
+        if deadline:
+            runner.callbacks.append(deadline)
         runner.callbacks += run.callbacks(val_loader)  # live results, the GIF's frames, TensorBoard, checkpoints
 
         if not run.start(runner, train_loader):  # it had finished already
@@ -160,7 +170,16 @@ def dependent_defaults(config: Config) -> dict:
         values["lr"] = FINE_TUNING_RATE
     if config.dataset == "digits":
         values |= DIGITS
-    return {**values, **PRESETS[config.preset]}
+    return {**values, **PRESETS.get(config.preset, {})}
+
+
+def with_defaults(config: Config, **changes) -> Config:
+    """The config with these changes, and what comes with them where nothing was typed."""
+    changed = copy.copy(config)
+    vars(changed).update(changes)
+    untyped = {name: value for name, value in dependent_defaults(changed).items() if name not in config.given}
+    vars(changed).update(untyped)
+    return changed
 
 
 def load_images(config: Config) -> Dataset:
@@ -168,10 +187,7 @@ def load_images(config: Config) -> Dataset:
     with distributed.main_process_first():
         data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
     if config.dataset == "auto":
-        config.dataset = data.name
-        for name, value in dependent_defaults(config).items():
-            if name not in config.given:
-                setattr(config, name, value)
+        vars(config).update(vars(with_defaults(config, dataset=data.name)))
     if config.fold is not None:
         number, folds = map(int, config.fold.split("/"))
         data = data.fold(number, folds, config.split_seed)

@@ -50,6 +50,10 @@ SIZE = Kind("a whole number, at least 1", lambda value: is_whole(value, 1))
 NUMBER = Kind("a finite number", is_finite)
 POSITIVE = Kind("a finite number above 0", lambda value: is_finite(value) and value > 0)
 NOT_NEGATIVE = Kind("a finite number, at least 0", lambda value: is_finite(value) and value >= 0)
+EPOCHS = Kind(
+    "a number above 0, an integer where it is whole",
+    lambda x: SIZE.fits(x) or (type(x) is float and POSITIVE.fits(x) and not x.is_integer()),
+)
 FRACTION = Kind("a number from 0 to 1", lambda value: is_finite(value) and 0 <= value <= 1)
 TENSOR = Kind("a tensor", lambda value: isinstance(value, torch.Tensor))
 PLAIN = Kind("a plain value", lambda value: not isinstance(value, torch.Tensor))
@@ -99,7 +103,7 @@ MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
 METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
     {
-        "config": optional({"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN}, grad_accum=SIZE, epochs=SIZE),
+        "config": optional({"optimizer": TEXT, "batch_size": SIZE, ...: PLAIN}, grad_accum=SIZE, epochs=EPOCHS),
         "results": maybe(Kind("results", lambda value: fits(value, RESULTS))),
         "runner": {
             "model": {...: TENSOR},
@@ -119,7 +123,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
 REPORT = optional(  # saved/<name>.json, by training/run.py
     {
         "results": RESULTS,
-        "config": optional({"epochs": SIZE, "seed": COUNT}, name=maybe(TEXT)),
+        "config": optional({"epochs": EPOCHS, "seed": COUNT}, name=maybe(TEXT)),
         "provenance": {"machine": TEXT, "threads": SIZE, "accelerator": maybe(TEXT), "torch": TEXT},
         "metrics": optional(METRICS["val"], **METRICS["train"]),
         "val_seconds": [NOT_NEGATIVE],

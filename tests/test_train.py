@@ -221,6 +221,7 @@ TESTED_ELSEWHERE = {
     "resume",
     "resume_changed",
     "checkpoint_minutes",
+    "minutes",
     "threads",
 }
 
@@ -386,7 +387,7 @@ def test_rate_and_decay_are_the_optimisers_unless_they_are_given(flags, lr, weig
 
 
 def test_presets_name_fields_and_are_all_offered():
-    assert get_args(get_type_hints(train.Config)["preset"]) == tuple(PRESETS)
+    assert get_args(get_type_hints(train.Config)["preset"]) == (*PRESETS, "auto")
     assert all(changed.keys() <= FIELDS.keys() for changed in PRESETS.values())
 
 

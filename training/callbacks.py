@@ -70,16 +70,16 @@ class ProgressBar:
     def step_start(self, runner: Runner) -> None:
         if self.bar is None:
             self._note_start(runner)
-            self.bar = new_bar(self._title(runner), runner.steps_per_epoch, runner.batch)
+            self.bar = new_bar(self._title(runner), runner.epoch_steps, runner.batch)
 
     def step_end(self, runner: Runner) -> None:
         if self.bar.update():  # it is time to redraw the bar
             show(self.bar, self._parts(runner))
         elif self.bar.disable and distributed.rank() == 0 and time.perf_counter() - self._said > 60:
             self._said = time.perf_counter()
-            done = runner.batch / runner.steps_per_epoch
+            done = runner.batch / runner.epoch_steps
             print("  ".join([self._title(runner), f"{done:4.0%}", *self._parts(runner)]), flush=True)
-        if runner.batch == runner.steps_per_epoch:
+        if runner.batch >= runner.epoch_steps:
             self.close()
 
     def close(self) -> None:

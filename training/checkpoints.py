@@ -1,6 +1,7 @@
 """Checkpoints: a run's state, written so that it can be taken up again, and taken up."""
 
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Checkpoints:
             )
         self._require_same_images(checkpoint)
         progress = checkpoint["runner"]["progress"]
-        if progress["epoch"] + (progress["batch"] > 0) > now["epochs"]:
+        if progress["epoch"] + (progress["batch"] > 0) > math.ceil(now["epochs"]):
             raise CheckpointError(
                 f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
                 f"{now['epochs']}; --epochs must be at least that many, or choose another --name for a new run"

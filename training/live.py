@@ -95,8 +95,7 @@ class Frames:
             self._draw(runner)
 
     def step_end(self, runner: Runner) -> None:
-        count = min(self.count, 6 + 2 * runner.total_epochs)
-        if runner.step % -(-runner.total_steps // count) == 0:
+        if draws_frame(runner.step, runner.total_steps, runner.total_epochs, self.count):
             self._draw(runner)
 
     def epoch_end(self, runner: Runner) -> None:
@@ -107,6 +106,15 @@ class Frames:
         epoch, epochs = min(runner.epoch + 1, runner.total_epochs), runner.total_epochs
         path = self.folder / f"frame_{runner.step:07d}.png"
         runner.plot(self.loader, path, self.classes, f"{self.title}, epoch {epoch} of {epochs}")
+
+
+def num_frames(count: int, epochs: int) -> int:
+    return min(count, 6 + 2 * epochs)
+
+
+def draws_frame(step: int, total_steps: int, epochs: int, count: int) -> bool:
+    """Whether a frame is drawn after this step."""
+    return step % -(-total_steps // num_frames(count, epochs)) == 0
 
 
 class TensorBoard:

@@ -136,18 +136,23 @@ def build_schedule(optimizer: Optimizer, steps: int, warmup: float = 0.1, name: 
     It rises linearly over the fraction `warmup` of all steps, and then follows the entry of SCHEDULES. "one_cycle"
     rises from a 25th of the peak, along half a cosine; the momentum is left alone.
     """
+    return LambdaLR(optimizer, schedule_factor(steps, warmup, name))
+
+
+def schedule_factor(steps: int, warmup: float, name: str) -> Callable[[float], float]:
+    """What the peak rate is multiplied by at each step, from 0; between two steps, too."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
     warmup_steps = max(1, round(warmup * steps))
     # one_cycle reaches its peak and its end a step earlier
     first, last = (warmup_steps - 1, steps - 1) if name == "one_cycle" else (warmup_steps, steps)
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < first:
             return half_cosine(1 / 25, 1, step / first) if name == "one_cycle" else (step + 1) / first
         return SCHEDULES[name]((step - first) / max(1, last - first), step / steps)
 
-    return LambdaLR(optimizer, factor)
+    return factor
 
 
 def set_position(schedule: LambdaLR, step: int) -> None:

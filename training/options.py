@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from images.augment import parse_augment
 from images.loader import Dataset, join_names, split_names
-from support import cli, schema
+from support import cli, distributed, schema
 from support.files import CheckpointError, find_file, home, read_file
 from support.report import read_json
 from training.models import find_model
@@ -28,6 +28,7 @@ class RunOptions:
     config: str | None = None  # saved/<name>.json: the hyperparameters of that run, where no flag says otherwise
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
+    minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
@@ -50,6 +51,11 @@ def hyperparameters(config) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- of an earlier run
+
+
+def whole(epochs: float) -> float:
+    """The same number, as an int where it is one."""
+    return int(epochs) if isinstance(epochs, float) and epochs.is_integer() else epochs
 
 
 def stored_values(config) -> dict[str, Any]:
@@ -112,12 +118,13 @@ def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
     names = data.classes if config.classes else []
     parts = [title] + ([] if data.name == "cifar10" else [data.name])
     parts += names if len(names) <= 4 else [f"{len(names)}classes"]
-    usual = {**hyperparameters(type(config)()), **usual}
+    usual = {**hyperparameters(type(config)()), **usual} | ({"epochs": config.epochs} if config.minutes else {})
     changed = {name: value for name, value in hyperparameters(config).items() if value != usual[name]}
     precision = {name: changed.pop(name, None) for name in ("model", "dataset", "classes", "precision")}["precision"]
     if "precision" in config.given and precision:  # where it is chosen by the machine, it goes without saying
         changed["precision"] = precision
     parts += [_label(name, value) for name, value in changed.items()]
+    parts += [f"minutes{config.minutes:g}"] if config.minutes else []
     text = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", "_".join(parts))
     if len(text) > 100:  # a file's name has at most 255 bytes, and has to be read
         text = f"{text[:90].rpartition('_')[0]}_{hash_of(text)}"
@@ -194,10 +201,35 @@ MODEL_NAMES = {"vit": "ViT", "cnn": "CNN", "mlp": "MLP"}
 
 # ------------------------------------------------------------------------------------- what cannot be trained
 
-POSITIVE = ("epochs", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
+SHORTEST = 0.5  # minutes: what Python and torch need to start, and the test, leave nothing of less
+POSITIVE = ("epochs", "minutes", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
 NOT_NEGATIVE = ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration")
 BELOW_ONE = ("warmup", "label_smoothing", "ema")  # and at least 0
 FRACTIONS = ("layer_decay", "label_fraction")  # above 0 and at most 1
+
+
+def check_minutes(config) -> None:
+    """Refuse what --minutes and --preset auto do not go with.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if config.preset == "auto" and (config.minutes is None or config.resume):
+        raise ValueError(
+            "--preset auto chooses by the time there is: say --minutes too, and leave it out with --resume"
+        )
+    if config.preset == "auto" and config.model != "vit":
+        raise ValueError(f"--preset auto is for the ViT: say --minutes alone with --model {config.model}")
+    if config.minutes is None:
+        return
+    if "epochs" in config.given:
+        raise ValueError("--minutes and --epochs both say how long to train: choose one")
+    if config.resume and not config.name:
+        raise ValueError("--minutes is known of a run that is resumed: say --resume --name and the run's name")
+    if config.minutes < SHORTEST and not config.resume:
+        raise ValueError(f"minutes {config.minutes} is too short for anything: give at least --minutes {SHORTEST}")
+    if distributed.world_size() > 1:
+        raise ValueError("--minutes is for one process: say --epochs with torchrun")
 
 
 def check(config) -> None:
@@ -216,8 +248,9 @@ def check(config) -> None:
         (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
     ):
         for name in names:
-            if not holds(getattr(config, name)):
+            if getattr(config, name) is not None and not holds(getattr(config, name)):
                 raise ValueError(f"{name} {getattr(config, name)} {what}")
+    check_minutes(config)
     parse_augment(config.augment)
     find_model(config.model)
     if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):

@@ -245,7 +245,7 @@ class Run:
         validated = bool(runner.metrics["val_loss"])
         results = {
             "parameters": num_parameters(runner.model),
-            "epochs": runner.epoch,
+            "epochs": min(runner.epoch, config.epochs),
             "tested_epoch": epoch,
             "validated": validated,
             "val_accuracy": runner.metrics["val_accuracy"][epoch - 1] if validated else None,
