@@ -153,6 +153,7 @@ def main(args: list[str] | None = None) -> None:
             return
         if config.compile:
             compile_training(runner, train_loader)
+            run.exit_if_interrupted(runner)
         if runner.epoch < config.epochs:
             runner.train(train_loader, validation, config.epochs - runner.epoch)
         run.exit_if_interrupted(runner)

@@ -153,9 +153,9 @@ def timed_run(speed, minutes=2.0, stop_at=None, before=None, epochs=None):
     epochs = epochs or epochs_of(COSTS.steps_that_fit(limit, 0, 100, 0), 100)
     config = SimpleNamespace(minutes=minutes, epochs=epochs, gif_frames=0, warmup=0.1, schedule="cosine")
     run = SimpleNamespace(config=config, checkpoints=SimpleNamespace(hyperparameters={"epochs": epochs}))
-    run.costs = None if before else COSTS.scaled(COSTS.step)
+    costs = None if before else COSTS.scaled(COSTS.step)
     runner, loader = make_runner(epochs, n=400)
-    deadline = Deadline(run, machine.now() if before else 0.0, machine.now)
+    deadline = Deadline(run, machine.now() if before else 0.0, costs, machine.now)
 
     def validate(runner):
         machine.spend(COSTS.validation, runner)
@@ -216,7 +216,7 @@ def test_a_resumed_run_counts_the_time_that_was_used(stop_at, capsys):
 )
 def test_a_damaged_state_is_refused(state):
     run = SimpleNamespace(config=SimpleNamespace(minutes=2, epochs=1.5))
-    deadline = Deadline(run, 0.0, lambda: 1.0)
+    deadline = Deadline(run, 0.0, now=lambda: 1.0)
     whole_state = deadline.state_dict()
     deadline.load_state_dict(whole_state)
     with pytest.raises(ValueError, match="Deadline"):
