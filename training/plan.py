@@ -234,7 +234,8 @@ def choose(run, data: Dataset, with_preset: Callable[[str], Any], began: float) 
     config.epochs = fits[name]
     print(
         f"--minutes {config.minutes:g} is --epochs {config.epochs} at {1000 * costs[name].step:.0f} ms a step here: "
-        f"start and measuring took {time.monotonic() - began:.0f} s, test and pictures take about {costs[name].finish:.0f} s",
+        f"start and measuring took {time.monotonic() - began:.0f} s, "
+        f"test and pictures take about {costs[name].finish:.0f} s",
         flush=True,
     )
     return costs[name]
