@@ -224,7 +224,6 @@ TESTED_ELSEWHERE = {
     "resume",
     "resume_changed",
     "checkpoint_minutes",
-    "minutes",
     "threads",
 }
 
