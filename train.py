@@ -36,7 +36,7 @@ from training.run import Run
 class Config(RunOptions):
     """Train a model on CIFAR-10: data, model, Runner, pictures. Every hyperparameter is here, with its default."""
 
-    preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: training/presets.py; auto chooses one by --minutes
+    preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: training/presets.py; auto chooses by the minutes
 
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 def home() -> Path:
     """The project's folder, as it is called from the working directory: `.` where one works in it."""
     try:
-        return Path(os.path.relpath(ROOT))
+        return Path(min(os.path.relpath(ROOT), str(ROOT), key=len))
     except ValueError:  # another drive of Windows
         return ROOT
 

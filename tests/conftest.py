@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import setup_cifar
+import training.options
+import training.run
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: on a busy machine two are slower
@@ -19,6 +21,13 @@ def no_download(monkeypatch):
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("DATA_DIR", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def project(monkeypatch):
+    """A run in this process that is told no --output_dir writes to the working directory and not to this project."""
+    for module in (training.run, training.options):
+        monkeypatch.setattr(module, "home", Path)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "VisionTransformer_digits"
 SMALL = "--dataset digits --device cpu --batch_size 64 --num_blocks 2 --patch_size 8 --gif_frames 6 --ema 0.99"
+SMALL += f" --name {NAME} --keep_checkpoint"
 WHILE_WRITING = 0.4  # of the kills
 LONGEST = 1.5  # seconds of training before a kill at a random moment
 TRAINED = 1.1  # seconds of training until a kill, on average, that there have to be epochs for

@@ -30,6 +30,7 @@ from support.files import read_file
 
 TRAIN = ROOT / "train.py"
 SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --precision fp32".split()
+SMALL += ["--name", MODEL, "--keep_checkpoint"]
 SGD = "--optimizer sgd --lr 0.05 --epochs 2"
 RUNS = {  # 1150 images: of 191 the last batch has 4, of 1149 it has one, which leaves nothing for a second process
     "adamw": "--optimizer adamw --augment random_erasing+cutmix --grad_clip 0.5 --batch_size 191 --epochs 3",

@@ -293,7 +293,7 @@ def write_noise(folder, count=100, start=0):
 
 
 LEARN_BY_HEART = "--model mlp --img_size 8 --hidden_size 256 --batch_size 16 --optimizer adamw --lr 3e-3 --augment none"
-LEARN_BY_HEART += " --label_smoothing 0 --device cpu --gif_frames 0"
+LEARN_BY_HEART += " --label_smoothing 0 --device cpu --gif_frames 0 --name FeedForward_noise"
 
 
 def test_a_changed_folder_gives_no_false_accuracy(tmp_path, monkeypatch, capsys):
@@ -371,23 +371,28 @@ def text_of(path):
 SMALL = "--hidden_size 16 --num_heads 2 --num_blocks 1 --patch_size 8 --batch_size 8 --epochs 1 --img_size 24".split()
 
 
+NAMED = ["--name", "VisionTransformer_my pets"]
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A run on pictures whose classes have awkward names; the folder of the pictures and of the model."""
     classes = {"$x_$": (200, 40, 40), "a b's": (40, 200, 40), "Größe, 50%": (40, 40, 200)}
     write_pictures(tmp_path / "my pets" / "train", classes=classes, size=(100, 60))
     out = tmp_path / "out"
-    run_main("train.py", "--dataset", f"{tmp_path / 'my pets'}/", *SMALL, "--gif_frames", 2, "--output_dir", out)
+    run_main(
+        "train.py", "--dataset", f"{tmp_path / 'my pets'}/", *SMALL, *NAMED, "--gif_frames", 2, "--output_dir", out
+    )
     return tmp_path / "my pets", out
 
 
-def test_a_run_on_a_folder_is_named_after_it_and_the_model_can_be_used(trained, monkeypatch, capsys):
+def test_a_model_of_a_folder_of_pictures_can_be_used(trained, monkeypatch, capsys):
     folder, out = trained
-    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert written == {
         "saved/VisionTransformer_my pets.pt",
         "saved/VisionTransformer_my pets.json",
-        "saved/VisionTransformer_my pets.checkpoint",
+        "saved/VisionTransformer_my pets.csv",
         "figures/VisionTransformer_my pets_curves.png",
         "figures/VisionTransformer_my pets_attention_maps.png",
         "figures/VisionTransformer_my pets_animation.gif",
@@ -427,7 +432,7 @@ def test_names_that_the_output_cannot_encode_are_printed_in_ascii(tmp_path):
         return printed, errors
 
     ascii_name = "".join(f"\\u{ord(letter):04x}" for letter in "звери")
-    printed, errors = run("train.py", "--dataset", folder, *flags, "--output_dir", out)
+    printed, errors = run("train.py", "--dataset", folder, *flags, "--output_dir", out, "--name", model.stem)
     assert f"VisionTransformer on {ascii_name}" in printed
     assert f"skipped: {tmp_path / ascii_name / 'train'}" in errors
     printed, _ = run("predict.py", folder / "train" / "пёс" / "000.png", "--checkpoint", model, "--output_dir", out)

@@ -284,7 +284,7 @@ def test_auto_takes_the_preset_with_the_highest_guess(tmp_path, monkeypatch):
     run = SimpleNamespace(config=config, device=torch.device("cpu"))
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        planning.plan(run, tiny_dataset(2000), lambda preset: train.with_preset(arguments, preset))
+        planning.plan(run, tiny_dataset(2000), lambda preset: train.with_defaults(config, preset=preset))
     assert config.preset == "small" and config.hidden_size == 96 and config.precision == "bf16"
     assert config.lr == 0.001  # typed
     assert "takes small; a guess from stored CIFAR-10 curves" in output.getvalue()

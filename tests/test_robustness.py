@@ -202,7 +202,7 @@ def interrupt(folder: Path, event: str, *flags: str) -> None:
         assert run_on_tiny(folder, *flags)[0] == 9
 
 
-SMALL = ("--num_blocks", "1", "--hidden_size", "8", "--num_heads", "2", "--batch_size", "16")
+SMALL = ("--num_blocks", "1", "--hidden_size", "8", "--num_heads", "2", "--batch_size", "16", "--name", NAME)
 
 
 def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_path):
@@ -227,7 +227,7 @@ def test_a_changed_learning_rate_is_in_force_after_resume_changed(tmp_path):
 def test_a_new_run_sets_the_checkpoint_of_an_interrupted_one_aside(tmp_path):
     interrupt(tmp_path, "epoch_end", *SMALL, "--epochs", "4")
     assert run_on_tiny(tmp_path, *SMALL, "--epochs", "1") == (0, "")
-    aside = files.read_file(tmp_path / f"saved/{NAME}.checkpoint.previous")
+    aside = files.read_file(tmp_path / f"saved/{NAME}_old1.checkpoint")
     assert aside["runner"]["progress"]["epoch"] == 1
 
 
@@ -244,7 +244,7 @@ def test_a_second_run_of_the_same_name_says_so_and_stops(tmp_path):
         _, errors = second.communicate(timeout=120)
     assert second.returncode == 2 and f"another run named {NAME}" in errors
     # the lock file of a run that has ended is no lock
-    code, errors = run_on_tiny(tmp_path, "--epochs", "1", "--num_blocks", "1", "--batch_size", "8")
+    code, errors = run_on_tiny(tmp_path, "--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--name", NAME)
     assert code == 0, errors
 
 
