@@ -32,8 +32,9 @@ from training.options import whole
 from training.presets import PRESETS
 
 FEWEST_STEPS = 20
-AIM = 0.97  # part of the time that a plan fills
+AIM = 0.98  # part of the time that a plan fills
 TOLERANCE = 0.03  # of the time: an end that is expected further than this from the aim is corrected
+UNSURE = 0.15  # of the time that is left: nor is one corrected that is closer than this, as speeds go up and down
 LAST_STEPS = 10  # at least so many follow a correction, in which the learning rate comes down
 # Drawings that the curves and the attention maps take as long as, and the part of one that a picture in the GIF does.
 PICTURES, GIF_PART = 6, 0.25
@@ -163,17 +164,21 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
         train()
         step = (clock() - began) / count
 
-        batches = list(islice(val_loader, 3))
+        batches = list(islice(val_loader, 2))
         runner.test(batches[:1])
-        began = clock()
-        runner.test(batches)
-        validation = (clock() - began) / len(batches)
+        validation = math.inf  # what interrupts for a moment only is not counted: the shortest of two
+        for batch in batches:
+            began = clock()
+            runner.test([batch])
+            validation = min(validation, clock() - began)
 
         runner.total_steps = runner.step
         runner.plot(val_loader, Path(folder) / "frame.png", data.classes)  # the first one looks for fonts
-        began = clock()
-        runner.plot(val_loader, Path(folder) / "frame.png", data.classes)
-        frame = clock() - began
+        frame = math.inf
+        for _ in range(2):
+            began = clock()
+            runner.plot(val_loader, Path(folder) / "frame.png", data.classes)
+            frame = min(frame, clock() - began)
     test = validation * len(data.test) / 500
     finish = test + frame * (PICTURES + GIF_PART * config.gif_frames) + 0.5  # half a second in which Python ends
     return Costs(step, validation * len(val_loader) + frame, frame, finish)
@@ -265,6 +270,8 @@ class Deadline:
         self.planned = self.config.epochs  # that the schedule was made for
         self.knots = []  # after corrections: pairs of epochs done and of places in the schedule, in epochs
         self.seconds, self.steps = 0.0, 0.0  # of late, what is long ago counting less
+        self.all_seconds, self.all_steps = 0.0, 0  # since training began: what comes last is as fast as that was
+        self.finish = self.costs.finish / self.costs.step if self.costs else 40.0  # in steps
         self.ended, self.drew, self.checked, self.epoch = None, False, None, 0
 
     @property
@@ -287,10 +294,10 @@ class Deadline:
         if runner.epoch > self.epoch:
             self.epoch, self.ended = runner.epoch, self.started
             if self.costs:
-                self.costs.validation = between
+                self.costs.validation += 0.5 * (between - self.costs.validation)
         elif self.drew:
             if self.costs:
-                self.costs.frame = between
+                self.costs.frame += 0.2 * (between - self.costs.frame)
         else:
             self._count(between, 0)
 
@@ -304,21 +311,24 @@ class Deadline:
         self.drew = frames > 0 and draws_frame(runner.step, runner.total_steps, runner.total_epochs, frames)
 
     def _count(self, seconds: float, steps: int) -> None:
-        kept = math.exp(-seconds / max(5.0, 0.05 * self.limit))
+        self.all_seconds, self.all_steps = self.all_seconds + seconds, self.all_steps + steps
+        kept = math.exp(-seconds / min(60.0, max(5.0, 0.1 * self.limit)))
         self.seconds, self.steps = kept * self.seconds + seconds, kept * self.steps + steps
 
     def correct(self, runner: Runner) -> None:
         """Change the number of steps if the run would end too early or too late."""
         step = self.seconds / self.steps
-        if self.costs is None:  # resumed: known from the checkpoint, or nothing is
-            self.costs = Costs(step, 20 * step, 0.0, 40 * step)
+        if self.costs is None:  # a run without a plan is resumed with one
+            self.costs = Costs(step, 20 * step, 0.0, self.finish * step)
         self.costs = costs = self.costs.scaled(step)
+        costs.finish = self.finish * self.all_seconds / self.all_steps
         per_epoch, frames = runner.steps_per_epoch, self.config.gif_frames
         done = runner.epoch * per_epoch + runner.batch
         total = runner.total_steps - runner.step + done
         left = AIM * self.limit - self.elapsed()
         missed = costs.seconds(total, done, per_epoch, frames) - left
-        if abs(missed) <= TOLERANCE * self.limit or total - done <= LAST_STEPS:
+        allowed = max(TOLERANCE * self.limit, UNSURE * (self.limit - self.elapsed()))
+        if abs(missed) <= allowed or total - done <= LAST_STEPS:
             return
         wanted = max(done + LAST_STEPS, costs.steps_that_fit(left, done, per_epoch, frames))
         epochs = epochs_of(wanted, per_epoch)
@@ -367,4 +377,6 @@ class Deadline:
         if any(len(knot) != 2 for knot in state["knots"]):
             raise ValueError("Deadline has places in the schedule that are no pairs")
         self.used, self.planned, self.knots = state["seconds"], state["planned"], state["knots"]
-        self.costs = Costs(**state["costs"]) if state["costs"] else None
+        if state["costs"]:
+            self.costs = Costs(**state["costs"])
+            self.finish = self.costs.finish / self.costs.step
