@@ -23,7 +23,7 @@ from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
 from support.report import provenance, read_json, write_results
 from training.checkpoints import is_checkpoint
-from training.options import RunOptions
+from training.options import OWN, without_effect
 
 Runs = dict[str, str]  # name -> flags to train.py
 
@@ -95,9 +95,10 @@ def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
 
 
 def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
-    config = dataclasses.asdict(cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False))
+    parsed = cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False)
+    config = dataclasses.asdict(parsed)
     stored = read_report(name, options)["config"]
-    free = {field.name for field in dataclasses.fields(RunOptions)} - {"precision"} | {"preset"}
+    free = {*OWN, "preset", *without_effect(parsed)}
     different = [
         f"{key} {stored[key]!r} and not {value!r}"
         for key, value in config.items()

@@ -21,7 +21,7 @@ FOLDERS = ("training", "images", "support", "studies")
 # what makes a command small; a later flag takes the place of an earlier one
 SMALL = "--dataset digits --img_size 32 --epochs 1 --batch_size 10 --label_fraction 0.1 --gif_frames 0".split()
 # what needs a network, an interrupted run, or minutes: such commands are parsed and not run
-NOT_RUN = ("timm:", "--resume", "--compile", "--pretrained", "cifar100", "--tensorboard", "--flip")
+NOT_RUN = ("timm:", "--resume", "--minutes", "--compile", "--pretrained", "cifar100", "--tensorboard", "--flip")
 # Runs scripts one after another in one process, because importing torch takes long.
 DRIVER = """
 import importlib, json, sys
@@ -83,8 +83,8 @@ def test_every_flag_that_is_printed_exists(page):
     printed += commands(page) if page.name != "extending.md" else []  # run below, with what the page adds
     for script, args in printed:
         module = importlib.import_module(script)
-        dependent = train.dependent_defaults if script in ("train", "studies.crossval") else None
-        cli.parse(module.Config, [arg for arg in args if arg != "--help"], dependent, remember=False)
+        layers = [train.dependent_defaults] if script in ("train", "studies.crossval") else []
+        cli.parse(module.Config, [arg for arg in args if arg != "--help"], *layers, remember=False)
 
 
 def test_other_commands_are_those_of_this_project():

@@ -91,6 +91,7 @@ def stored_values(config) -> dict[str, Any]:
 
 def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config as it would be stored today: earlier versions had other words for some values."""
+    stored = {name: value for name, value in stored.items() if not isinstance(value, list | dict)}
     words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
     words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
     return {
@@ -101,7 +102,7 @@ def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
 def same_hyperparameters(stored: dict[str, Any], config) -> bool:
     """Whether a stored config says to learn the same; what an earlier version did not know is as it is by default."""
     before, now = {**hyperparameters(type(config)()), **in_todays_words(stored)}, hyperparameters(config)
-    free = {"preset"} | {name for name in ("dataset", "precision") if before[name] == "auto"}
+    free = {"preset", *without_effect(config)} | {n for n in ("dataset", "precision") if before[n] == "auto"}
     return all(before[name] == value for name, value in now.items() if name not in free)
 
 
@@ -170,7 +171,7 @@ def drop_without_effect(config, data: Dataset) -> None:
         setattr(config, name, getattr(default, name))
 
 
-def without_effect(config, data: Dataset) -> dict[str, str]:
+def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     """Of each hyperparameter that cannot change anything in this run, the reason: "on a CNN"."""
     groups = cli.flag_groups(type(config))
     wanted = inspect.signature(find_model(config.model).__init__).parameters
@@ -188,11 +189,13 @@ def without_effect(config, data: Dataset) -> dict[str, str]:
     add("monitor min_improvement", "without --patience", not config.patience)
     add("pretrained", "beside --pretrained_file", bool(config.pretrained_file))
     add("val_fraction", "with --fold", config.fold is not None)
-    has_val = data.is_folder and (Path(data.source) / "val").is_dir()
-    add("val_fraction split_seed", "on a folder with pictures in val/", has_val and not config.fold)
+    if data is not None and data.is_folder:
+        has_val = (Path(data.source) / "val").is_dir() and not config.fold
+        add("val_fraction split_seed", "on a folder with pictures in val/", has_val)
     add("resume_changed", "without --resume", not config.resume)
     add("gif_frame_duration", "without a GIF", not config.gif_frames)
-    add("data_dir", f"on {data.name}", data.name == "digits" or data.is_folder)
+    if data is not None:
+        add("data_dir", f"on {data.name}", data.name == "digits" or data.is_folder)
     return found
 
 

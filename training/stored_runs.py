@@ -10,7 +10,7 @@ from typing import Any
 from support import schema
 from support.files import CheckpointError, find_file, home, read_file
 from support.report import read_json
-from training.run import RunOptions
+from training.options import RunOptions
 
 # of a report what is needed here: reports of earlier versions say less, and a run without validation has no such values
 FIGURES = {"accuracy": schema.FRACTION, "loss": schema.NUMBER}
