@@ -293,7 +293,7 @@ def write_noise(folder, count=100, start=0):
 
 
 LEARN_BY_HEART = "--model mlp --img_size 8 --hidden_size 256 --batch_size 16 --optimizer adamw --lr 3e-3 --augment none"
-LEARN_BY_HEART += " --label_smoothing 0 --device cpu --gif_frames 0 --name FeedForward_noise"
+LEARN_BY_HEART += " --label_smoothing 0 --device cpu --gif_frames 0 --name FeedForward_noise --keep_checkpoint"
 
 
 def test_a_changed_folder_gives_no_false_accuracy(tmp_path, monkeypatch, capsys):
@@ -483,6 +483,7 @@ def test_a_bad_folder_is_refused_in_one_line_before_anything_is_written(pets, tm
 
 def test_img_size_and_augment_reach_a_run(pets, tmp_path, monkeypatch):
     flags = [*SMALL, "--gif_frames", "0", "--augment", "randaugment+cutmix", "--model", "cnn", "--output_dir", tmp_path]
+    flags += ["--name", "CNN_pets"]
     with mock.patch.object(Run, "draw_pictures", return_value=[]):
         run_main("train.py", "--dataset", pets, *flags)
     report = json.loads((tmp_path / "saved" / "CNN_pets.json").read_text(encoding="utf-8"))
@@ -531,7 +532,9 @@ def test_resume_notices_other_classes_and_takes_the_same_pictures_from_anywhere(
 def test_what_was_seen_is_remembered_through_other_data_and_the_start_must_stay_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_noise(tmp_path / "noise" / "train", 30)
-    small = "--model mlp --hidden_size 4 --epochs 1 --batch_size 16 --gif_frames 0 --device cpu".split()
+    small = (
+        "--model mlp --hidden_size 4 --epochs 1 --batch_size 16 --gif_frames 0 --device cpu --keep_checkpoint".split()
+    )
     run_main("train.py", "--dataset", "noise", "--img_size", 32, *small, "--name", "first")
     run_main("train.py", "--dataset", "digits", *small, "--name", "second", "--init_from", "saved/first.pt")
     for name in ("a", "b"):

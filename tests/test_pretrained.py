@@ -349,6 +349,7 @@ def test_a_server_that_never_answers_is_not_waited_for(hub, monkeypatch):
 
 def test_a_timm_model_is_trained_evaluated_and_asked(tmp_path, monkeypatch, weight_file, published, capsys):
     flags = f"--model timm:test_vit --pretrained_file {weight_file} --freeze backbone --lr 0.1".split()
+    flags += ["--name", "test_vit_digits"]
     assert run_on_tiny(tmp_path, *FLAGS, *flags) == (0, "")
     path = tmp_path / "saved" / "test_vit_digits.pt"
     model = Model.load(path)
@@ -379,6 +380,7 @@ def test_a_run_from_anothers_weights_with_a_frozen_backbone_can_be_resumed(tmp_p
     source = save(VisionTransformer(pooling="mean", tokenizer="conv", **SMALL), tmp_path / "source.pt")
     flags = "--hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --tokenizer conv --batch_size 16 --epochs 3"
     flags = [*flags.split(), "--init_from", str(tmp_path / "source.pt"), "--freeze", "backbone"]
+    flags += ["--name", "VisionTransformer_digits"]
     interrupt(tmp_path / "killed", "epoch_end", *flags)
     assert run_on_tiny(tmp_path / "killed", *flags, "--resume") == (0, "")
     assert run_on_tiny(tmp_path / "alone", *flags) == (0, "")

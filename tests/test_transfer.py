@@ -60,13 +60,13 @@ def test_the_part_is_seeded_and_a_smaller_one_is_part_of_a_larger(digits):
 def test_a_model_of_some_classes_says_so_and_is_evaluated_on_these(tmp_path, capsys):
     model = train_small(tmp_path, *"--classes 3,1,5 --label_fraction 0.5 --batch_size 50 --epochs 2".split())
     assert "on digits, 3, 1, 5:" in capsys.readouterr().out
-    path = tmp_path / "saved/VisionTransformer_digits_3_1_5.pt"
+    path = tmp_path / "saved/VisionTransformer_digits.pt"
     assert model.metadata["classes"] == ["3", "1", "5"] and model.config["output_size"] == 3
     run_main("evaluate.py", path, "--output_dir", tmp_path)
     evaluated = json.loads((tmp_path / f"{path.stem}_evaluation.json").read_text(encoding="utf-8"))
     trained = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["results"]
     assert evaluated["images"] < 150
-    assert evaluated["accuracy"] == pytest.approx(trained["test_accuracy"])
+    assert evaluated["accuracy"] == pytest.approx(trained["test_accuracy"], rel=1e-5)  # six digits
     assert [row["class"] for row in evaluated["classes"]] == ["3", "1", "5"]
 
 

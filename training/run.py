@@ -125,8 +125,16 @@ class Run:
         """Claim the name, then go on from the checkpoint (--resume) or set another run of that name aside. False where
         the run that is to be resumed had finished."""
         if self.config.resume:
-            results = self.finished() or self.resume(runner, train_loader)
-            if results and self.has_written(runner, results):
+            results, ended = self.finished(), True
+            if not results:
+                results, ended = self.resume(runner, train_loader), False
+            written = results and self.has_written(runner, results)
+            if ended and not written:
+                raise CheckpointError(
+                    f"{self.paths.name} has ended without a checkpoint, and {self.paths.model} is missing, damaged or of "
+                    "other images: run without --resume to train it anew"
+                )
+            if written:
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
                 return False
         if self.first:
