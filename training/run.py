@@ -131,8 +131,8 @@ class Run:
             written = results and self.has_written(runner, results)
             if ended and not written:
                 raise CheckpointError(
-                    f"{self.paths.name} has ended without a checkpoint, and {self.paths.model} is missing, damaged or of "
-                    "other images: run without --resume to train it anew"
+                    f"{self.paths.name} has ended without a checkpoint, and {self.paths.model} is missing, damaged or "
+                    "of other images: run without --resume to train it anew"
                 )
             if written:
                 print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
