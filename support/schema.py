@@ -130,6 +130,7 @@ REPORT = optional(  # saved/<name>.json, by training/run.py
     },
     images=TEXT,
 )
+STORED_RUN = {"results": {"test_accuracy": FRACTION}, "config": {...: ANYTHING}}  # what is needed to repeat a run
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
     "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
 }

@@ -26,7 +26,7 @@ def no_download(monkeypatch):
 @pytest.fixture(autouse=True)
 def project(monkeypatch):
     """A run in this process that is told no --output_dir writes to the working directory and not to this project."""
-    for module in (training.run, training.options):
+    for module in (training.run, training.options, setup_cifar):
         monkeypatch.setattr(module, "home", Path)
 
 

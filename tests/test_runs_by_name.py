@@ -292,3 +292,17 @@ def test_auto_that_finds_digits_takes_their_defaults_too(tmp_path, monkeypatch):
         0.001,
     )
     torch.manual_seed(0)
+
+
+def test_plain_training_leaves_the_committed_model_alone_until_it_ends(tmp_path, digits):
+    """Its report is of an earlier version, and says the same hyperparameters."""
+    shutil.copytree(ROOT / "saved", tmp_path / "saved", ignore=shutil.ignore_patterns("studies"))
+    before = (tmp_path / "saved" / "VisionTransformer.pt").read_bytes()
+    config = parsed("--output_dir", str(tmp_path), "--dataset", "cifar10")
+    data = Dataset("cifar10", digits.classes, digits.train, digits.val, digits.test, flip=True)
+    with Run(config) as run:
+        run.describe(Model.load(tmp_path / "saved" / "VisionTransformer.pt"), data, train.dependent_defaults(config))
+        run.checkpoints = None
+        run.set_aside()
+    assert (tmp_path / "saved" / "VisionTransformer.pt").read_bytes() == before
+    assert not list((tmp_path / "saved").glob("*_old*"))

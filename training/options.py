@@ -69,14 +69,14 @@ def stored_values(config) -> dict[str, Any]:
         if config.resume:
             raise ValueError("--config begins a new run and --resume continues one: choose one")
         path = find_file(config.config)
-        stored, own = read_json(path, schema.REPORT)["config"], OWN
+        stored, own = read_json(path, schema.STORED_RUN)["config"], OWN
     elif config.resume and config.name:
         root = Path(config.output_dir or home()) / "saved"
         path, report = root / f"{config.name}.checkpoint", root / f"{config.name}.json"
         if path.exists():
             stored = read_file(path).get("config", {})
         elif report.exists():
-            path, stored = report, read_json(report, schema.REPORT)["config"]
+            path, stored = report, read_json(report, schema.STORED_RUN)["config"]
         else:
             return {}
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
@@ -124,6 +124,8 @@ def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
     precision = {name: changed.pop(name, None) for name in ("model", "dataset", "classes", "precision")}["precision"]
     if "precision" in config.given and precision:  # where it is chosen by the machine, it goes without saying
         changed["precision"] = precision
+    if "batch_size" not in config.given and not config.config:
+        changed.pop("batch_size", None)  # it has shrunk because there are few images
     parts += [_label(name, value) for name, value in changed.items()]
     parts += [f"minutes{config.minutes:g}"] if config.minutes else []
     text = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", "_".join(parts))
@@ -227,6 +229,8 @@ def check_minutes(config) -> None:
         return
     if "epochs" in config.given:
         raise ValueError("--minutes and --epochs both say how long to train: choose one")
+    if config.resume and "minutes" in config.given and not config.resume_changed:
+        raise ValueError("--minutes changes the epochs of a run that is resumed: leave it out, or say --resume_changed")
     if config.resume and not config.name:
         raise ValueError("--minutes is known of a run that is resumed: say --resume --name and the run's name")
     if config.minutes < SHORTEST and not config.resume:

@@ -152,7 +152,7 @@ class Run:
         def read() -> dict | None:
             if self.paths.checkpoint.exists() or not self.paths.report.exists():
                 return None
-            report = read_json(self.paths.report, schema.REPORT)
+            report = read_json(self.paths.report, schema.STORED_RUN)
             return report["results"] if same_hyperparameters(report["config"], self.config) else None
 
         return distributed.broadcast(read)
@@ -160,6 +160,11 @@ class Run:
     def resume(self, runner: Runner, train_loader: ImageLoader) -> dict | None:
         """Go on from the checkpoint; returns the results of a run that has ended."""
         if not distributed.broadcast(self.paths.checkpoint.exists):
+            if distributed.broadcast(self.paths.report.exists):
+                raise CheckpointError(
+                    f"the run {self.paths.name} has ended, and its checkpoint was deleted: it cannot go on "
+                    "(--keep_checkpoint would have kept it)"
+                )
             folder = self.paths.checkpoint.parent
             others = sorted(path.stem for path in folder.glob("*.checkpoint") if is_checkpoint(path, interrupted=True))
             listed = "; interrupted runs are there of --name " + ", ".join(others) if others else ""
@@ -175,11 +180,12 @@ class Run:
         """Rename what an interrupted run of this name has written, or one that learned something else, before it is
         overwritten. The same run again takes its place."""
         paths, why = self.paths, None
-        if is_checkpoint(paths.checkpoint, interrupted=True):
+        ended = is_checkpoint(paths.checkpoint) and not is_checkpoint(paths.checkpoint, interrupted=True)
+        if paths.checkpoint.exists() and not ended:
             why = "an interrupted run"
         elif paths.model.exists() or paths.report.exists():
             try:
-                report = read_json(paths.report, schema.REPORT)
+                report = read_json(paths.report, schema.STORED_RUN)
                 same = same_hyperparameters(report["config"], self.config)
                 if not same or report.get("images", self.data.fingerprint()) != self.data.fingerprint():
                     why = "another run, with other hyperparameters or images,"
