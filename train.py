@@ -41,9 +41,7 @@ class Config(RunOptions):
     # data
     dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
     img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
-    val_fraction: float = (
-        0.2  # part of the training images held out for validation: an 80/20 split; 0: all are trained on
-    )
+    val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split; 0: none
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
     fold: str | None = None  # for cross-validation, in place of val_fraction: 0/5 holds out the first of five parts
     # names with commas between, cat,dog say, of those to train and test on; default: all. A name that has a comma

@@ -54,12 +54,14 @@ def parse(
         _args = args
     flags = [_with_underscores(arg) for arg in args]
     parser = _build_parser(config_class)
+    given = _given(config_class, flags)
     config = config_class(**_values(parser, flags))
+    config.given = given
     with one_line_errors():
         for layer in layers:
             parser.set_defaults(**layer(config))
             config = config_class(**_values(parser, flags))
-    config.given = _given(config_class, flags)
+            config.given = given
     return config
 
 

@@ -351,18 +351,18 @@ def test_json_that_is_none_or_not_ours_is_one_line(tmp_path, text):
 
 def test_a_digit_changed_in_a_report_is_noticed(stored):
     options, report = stored
-    path = options.saved / "run.json"
+    path = options.saved / f"{MODEL}.json"
     write_json(path, report)
-    assert runs.read_report("run", options) == report
+    assert runs.read_report(MODEL, options) == report
     accuracy = repr(report["results"]["val_accuracy"])
     other = accuracy[:-1] + ("1" if accuracy[-1] != "1" else "2")
     path.write_text(path.read_text(encoding="utf-8").replace(accuracy, other), encoding="utf-8")
     with pytest.raises(CheckpointError, match="do not match its checksum"):
-        runs.read_report("run", options)
+        runs.read_report(MODEL, options)
     write_json(path, report)
     contents = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(contents), encoding="utf-8")  # laid out in another way it is the same
-    assert runs.read_report("run", options) == report
+    assert runs.read_report(MODEL, options) == report
 
 
 def test_answers_that_are_damaged_or_altered_are_noticed():
@@ -444,6 +444,7 @@ def test_every_json_is_strict_where_there_is_one_test_image_of_one_class(tmp_pat
     copied = tmp_path / "pets" / "train" / "b" / "0.png"
     (tmp_path / "pets" / "test" / "b" / "0.png").write_bytes(copied.read_bytes())  # which leaves class a alone
     flags = "--dataset pets --img_size 8 --hidden_size 8 --num_heads 2 --num_blocks 1 --batch_size 8 --epochs 1"
+    flags += " --name VisionTransformer_pets"
     run_main("train.py", *flags.split(), "--lr", 1e-12, "--gif_frames", 0, "--device", "cpu")  # all answers are equal
     model = tmp_path / "saved" / "VisionTransformer_pets.pt"
     run_main("evaluate.py", model, "--device", "cpu", "--output_dir", "figures")

@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters or images.
         """
-        checkpoint = distributed.broadcast(self._read)
+        checkpoint = distributed.broadcast(read_checkpoint, self.path)
         before, now = checkpoint["config"], self.hyperparameters
         if self.data and self.data.is_folder:
             free = {*free, "dataset"}  # the pictures themselves are compared, wherever they lie now
@@ -112,14 +112,6 @@ class Checkpoints:
             print(f"only on one side, and beginning or ending here: {', '.join(sorted(differ))}")
         return None
 
-    def _read(self) -> dict:
-        checkpoint = read_file(self.path)
-        try:
-            schema.check(checkpoint, schema.CHECKPOINT)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path} is no whole checkpoint of a run: {error}") from None
-        return checkpoint
-
     def _require_same_images(self, checkpoint: dict) -> None:
         done, validations = checkpoint["runner"]["progress"]["epoch"], len(checkpoint["runner"]["metrics"]["val_step"])
         if self.data and validations != (done if len(self.data.val) else 0):
@@ -140,6 +132,19 @@ class Checkpoints:
                 "--init_from names another model than the one that this run started from, or that file has changed: "
                 "put it back, or choose another --name for a new run"
             )
+
+
+def read_checkpoint(path: Path) -> dict:
+    """
+    Raises:
+        CheckpointError: there is none, or it is damaged or something else.
+    """
+    checkpoint = read_file(path)
+    try:
+        schema.check(checkpoint, schema.CHECKPOINT)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no whole checkpoint of a run: {error}") from None
+    return checkpoint
 
 
 def is_checkpoint(path: Path, interrupted: bool = False) -> bool:

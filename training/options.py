@@ -1,5 +1,6 @@
 """Options of a run: those that concern the run alone, what is refused, what has no effect, and what a run is called."""
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -12,8 +13,9 @@ from typing import Any, Literal
 from images.augment import parse_augment
 from images.loader import Dataset, join_names, split_names
 from support import cli, distributed, schema
-from support.files import CheckpointError, find_file, home, read_file
+from support.files import CheckpointError, find_file, home
 from support.report import read_json
+from training.checkpoints import read_checkpoint
 from training.models import find_model
 
 
@@ -74,7 +76,7 @@ def stored_values(config) -> dict[str, Any]:
         root = Path(config.output_dir or home()) / "saved"
         path, report = root / f"{config.name}.checkpoint", root / f"{config.name}.json"
         if path.exists():
-            stored = read_file(path).get("config", {})
+            stored = read_checkpoint(path)["config"]
         elif report.exists():
             path, stored = report, read_json(report, schema.STORED_RUN)["config"]
         else:
@@ -84,7 +86,14 @@ def stored_values(config) -> dict[str, Any]:
         return {}
     try:
         schema.check(stored, {...: schema.PLAIN}, "config")
-        return cli.checked_values(type(config), {k: v for k, v in in_todays_words(stored).items() if k not in own})
+        values = {name: value for name, value in in_todays_words(stored).items() if name not in own}
+        values = cli.checked_values(type(config), values)
+        whole_config = copy.copy(config)
+        vars(whole_config).update({name: value for name, value in values.items() if name not in config.given})
+        check(whole_config)
+        if config.resume and values.get("minutes") != whole_config.minutes and not config.resume_changed:
+            raise ValueError("--minutes changes the epochs of the run: leave it out, or say --resume_changed too")
+        return values
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
@@ -229,8 +238,6 @@ def check_minutes(config) -> None:
         return
     if "epochs" in config.given:
         raise ValueError("--minutes and --epochs both say how long to train: choose one")
-    if config.resume and "minutes" in config.given and not config.resume_changed:
-        raise ValueError("--minutes changes the epochs of a run that is resumed: leave it out, or say --resume_changed")
     if config.resume and not config.name:
         raise ValueError("--minutes is known of a run that is resumed: say --resume --name and the run's name")
     if config.minutes < SHORTEST and not config.resume:
