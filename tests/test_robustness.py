@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """A real training checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
-    assert run_on_tiny(folder, *flags) == (0, "")
+    assert run_on_tiny(folder, *flags, "--name", NAME, "--keep_checkpoint") == (0, "")
     return folder / "saved" / "VisionTransformer_digits.checkpoint"
 
 
@@ -139,12 +139,12 @@ def test_a_disk_that_fills_up_in_training_is_one_line_and_keeps_the_last_checkpo
     writes = []
 
     def fill_up(path, mode):
-        writes.append(path)
-        return FullDisk(path) if len(writes) > 5 else builtins.open(path, mode)  # three probes, two checkpoints
+        writes.append("checkpoint" in Path(path).name)
+        return FullDisk(path) if sum(writes) > 3 else builtins.open(path, mode)  # a probe, two checkpoints
 
     monkeypatch.setattr(files, "open", fill_up, raising=False)
     flags = ("--epochs", "9", "--hidden_size", "8", "--num_blocks", "1", "--batch_size", "8")
-    code, errors = run_on_tiny(tmp_path, *flags)
+    code, errors = run_on_tiny(tmp_path, *flags, "--name", NAME)
     assert code == 1 and "No space left" in errors and errors.count("\n") == 0
     assert files.read_file(tmp_path / f"saved/{NAME}.checkpoint")["runner"]["progress"]["epoch"] == 2
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
@@ -202,7 +202,19 @@ def interrupt(folder: Path, event: str, *flags: str) -> None:
         assert run_on_tiny(folder, *flags)[0] == 9
 
 
-SMALL = ("--num_blocks", "1", "--hidden_size", "8", "--num_heads", "2", "--batch_size", "16", "--name", NAME)
+SMALL = (
+    "--num_blocks",
+    "1",
+    "--hidden_size",
+    "8",
+    "--num_heads",
+    "2",
+    "--batch_size",
+    "16",
+    "--name",
+    NAME,
+    "--keep_checkpoint",
+)
 
 
 def test_a_run_killed_between_its_last_batch_and_validation_can_be_resumed(tmp_path):
