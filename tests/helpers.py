@@ -59,7 +59,8 @@ def train_small(output_dir: Path, *args) -> Model:
     """One epoch of train.py without pictures; returns the trained model."""
     with mock.patch.object(Run, "draw_pictures", return_value=[]):
         run_main("train.py", *SMALL, *"--epochs 1 --gif_frames 0 --output_dir".split(), output_dir, *args)
-    (report,) = (output_dir / "saved").glob("*.json")
+    reports = (output_dir / "saved").glob("*.json")  # those that were set aside are older
+    report = max(reports, key=lambda path: path.stat().st_mtime)
     return Model.load(report.with_suffix(".pt"))
 
 
