@@ -22,7 +22,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from images.augment import import_torchvision
 from images.loader import ImageLoader, Split
 from network import Model
-from setup_cifar import CIFAR, DATASETS
+from setup_cifar import CIFAR, DATASETS, data_folder
 from support import cli
 from support.files import find_file, home, write_bytes
 from support.report import provenance, write_results
@@ -184,7 +183,7 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
     """Whether the data set that a model was trained on can be read without a download."""
     dataset = metadata["dataset"]
     if cifar := CIFAR.get(dataset):
-        folder = Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
+        folder = data_folder(data_dir)
         return any((folder / name).exists() for name in (cifar.folder, cifar.archive))
     if dataset in DATASETS:
         return True

@@ -110,7 +110,7 @@ def load_data(
         raise DataError(
             f"val_fraction is the part held out for validation, 0 or more and below 1: {val_fraction} is not"
         )
-    folder = Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
+    folder = data_folder(data_dir)
     if dataset == "auto":
         try:
             return load_data("cifar10", folder, val_fraction, split_seed)
@@ -130,6 +130,11 @@ def load_data(
     if val_fraction and not 0 < num_val < len(train):
         raise DataError(f"val_fraction {val_fraction} of {len(train)} images leaves a split empty")
     return Dataset(dataset, classes, train.subset(order[num_val:]), train.subset(order[:num_val]), test, flip)
+
+
+def data_folder(data_dir: str | Path | None) -> Path:
+    """Where CIFAR lies or goes: as it is said, or by the environment's DATA_DIR, else the project's `data`."""
+    return Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
 
 
 def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: int) -> Dataset:

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from support import schema
+
 ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 
@@ -63,12 +65,16 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from None
 
 
-def read_file(path: str | Path) -> dict:
+def read_file(path: str | Path, table: dict | None = None, wrong: str = "cannot be used") -> dict:
     """What `write_file` wrote. Only tensors and plain values are read: code in a file is refused and does not run, and
     what would take more memory than the file's size can justify is refused before it does.
 
+    Args:
+        table: of support/schema.py, what has to be in the file.
+        wrong: what to say of a file that holds something else.
+
     Raises:
-        CheckpointError: missing, truncated, altered, or not one of this project's files.
+        CheckpointError: missing, truncated, altered, not one of this project's files, or not what the table says.
     """
     try:
         with Path(path).open("rb") as file:
@@ -89,6 +95,10 @@ def read_file(path: str | Path) -> dict:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     if not intact:
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+    try:
+        schema.check(contents, table or {})
+    except ValueError as error:
+        raise CheckpointError(f"{path} {wrong}: {error}") from None
     return contents
 
 

@@ -157,12 +157,7 @@ def read_model(path: str | Path) -> dict:
     Raises:
         CheckpointError: it is missing, damaged, or of another kind.
     """
-    contents = read_file(path)
-    try:
-        schema.check(contents, schema.MODEL)
-    except ValueError as error:
-        raise CheckpointError(f"{path} holds no model of this project: {error}") from None
-    return contents
+    return read_file(path, schema.MODEL, "holds no model of this project")
 
 
 def num_parameters(model: nn.Module) -> int:

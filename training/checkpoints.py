@@ -139,21 +139,16 @@ def read_checkpoint(path: Path) -> dict:
     Raises:
         CheckpointError: there is none, or it is damaged or something else.
     """
-    checkpoint = read_file(path)
-    try:
-        schema.check(checkpoint, schema.CHECKPOINT)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no whole checkpoint of a run: {error}") from None
-    return checkpoint
+    return read_file(path, schema.CHECKPOINT, "is no whole checkpoint of a run")
 
 
 def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
     """Whether there is a whole checkpoint at `path`; with `interrupted`, of a run that has not ended."""
     try:
-        checkpoint = read_file(path)
+        checkpoint = read_checkpoint(path)
     except CheckpointError:
         return False
-    return schema.fits(checkpoint, schema.CHECKPOINT) and not (interrupted and checkpoint["results"])
+    return not (interrupted and checkpoint["results"])
 
 
 def hash_of_seen(data: Dataset) -> str:

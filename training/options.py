@@ -129,13 +129,13 @@ def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
     parts = [title] + ([] if data.name == "cifar10" else [data.name])
     parts += names if len(names) <= 4 else [f"{len(names)}classes"]
     usual = {**hyperparameters(type(config)()), **usual} | ({"epochs": config.epochs} if config.minutes else {})
-    changed = {name: value for name, value in hyperparameters(config).items() if value != usual[name]}
-    precision = {name: changed.pop(name, None) for name in ("model", "dataset", "classes", "precision")}["precision"]
-    if "precision" in config.given and precision:  # where it is chosen by the machine, it goes without saying
-        changed["precision"] = precision
+    left_out = {"model", "dataset", "classes"}
+    if "precision" not in config.given:
+        left_out.add("precision")  # the machine chose it
     if "batch_size" not in config.given and not config.config:
-        changed.pop("batch_size", None)  # it has shrunk because there are few images
-    parts += [_label(name, value) for name, value in changed.items()]
+        left_out.add("batch_size")  # it has shrunk because there are few images
+    changed = {name: v for name, v in hyperparameters(config).items() if v != usual[name] and name not in left_out}
+    parts += [_label(name, changed[name]) for name in sorted(changed, key=lambda name: name == "precision")]
     parts += [f"minutes{config.minutes:g}"] if config.minutes else []
     text = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", "_".join(parts))
     if len(text) > 100:  # a file's name has at most 255 bytes, and has to be read

@@ -209,10 +209,11 @@ def plan(run, data: Dataset, with_preset: Callable[[str], Any]) -> "Deadline | N
 def choose(run, data: Dataset, with_preset: Callable[[str], Any], began: float) -> Costs:
     """Measure, set the config's preset and epochs, and say so; returns what was measured."""
     config, limit = run.config, 60 * run.config.minutes
-    candidates = {config.preset: config}
+    candidates, curves = {config.preset: config}, {}
     if config.preset == "auto":
         print("measuring each preset on this machine", flush=True)
-        candidates = {name: with_preset(name) for name in PRESETS if stored_curve(name) is not None}
+        curves = {name: curve for name in PRESETS if (curve := stored_curve(name)) is not None}
+        candidates = {name: with_preset(name) for name in curves}
     seconds = min(4.0, max(1.0, limit / 60)) / (1 if len(candidates) == 1 else 2)
     costs = {name: measure(candidate, data, run.device, seconds) for name, candidate in candidates.items()}
     left = AIM * limit - (time.monotonic() - began)
@@ -221,8 +222,8 @@ def choose(run, data: Dataset, with_preset: Callable[[str], Any], began: float) 
         steps_per_epoch = -(-len(data.train) // (candidate.batch_size * candidate.grad_accum))
         steps = costs[name].steps_that_fit(left, 0, steps_per_epoch, candidate.gif_frames)
         fits[name] = epochs_of(steps, steps_per_epoch) if steps >= min(FEWEST_STEPS, steps_per_epoch) else 0
-        if config.preset == "auto" and fits[name]:
-            guesses[name] = guess_accuracy(stored_curve(name), fits[name])
+        if name in curves and fits[name]:
+            guesses[name] = guess_accuracy(curves[name], fits[name])
     if not any(fits.values()):
         cheapest = min(costs.values(), key=lambda costs: costs.finish)
         needed = limit - left + cheapest.seconds(FEWEST_STEPS, 0, FEWEST_STEPS, config.gif_frames)

@@ -21,7 +21,7 @@ from support.files import CheckpointError, home
 from support.model import Model, num_parameters, read_model
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, EarlyStopping, ProgressBar
-from training.checkpoints import Checkpoints, is_checkpoint
+from training.checkpoints import Checkpoints, is_checkpoint, read_checkpoint
 from training.live import Frames, LiveResults, TensorBoard
 from training.options import hyperparameters, name_of, same_hyperparameters
 from training.parallel import OwnNumbers, ParallelRunner
@@ -125,18 +125,16 @@ class Run:
         """Claim the name, then go on from the checkpoint (--resume) or set another run of that name aside. False where
         the run that is to be resumed had finished."""
         if self.config.resume:
-            results, ended = self.finished(), True
-            if not results:
-                results, ended = self.resume(runner, train_loader), False
-            written = results and self.has_written(runner, results)
-            if ended and not written:
+            ended = self.finished()
+            results = ended or self.resume(runner, train_loader)
+            if results and self.has_written(runner, results):
+                print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
+                return False
+            if ended:
                 raise CheckpointError(
                     f"{self.paths.name} has ended without a checkpoint, and {self.paths.model} is missing, damaged or "
                     "of other images: run without --resume to train it anew"
                 )
-            if written:
-                print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
-                return False
         if self.first:
             self.lock = self.paths.claim()
             if not self.config.resume:
@@ -180,8 +178,11 @@ class Run:
         """Rename what an interrupted run of this name has written, or one that learned something else, before it is
         overwritten. The same run again takes its place."""
         paths, why = self.paths, None
-        ended = is_checkpoint(paths.checkpoint) and not is_checkpoint(paths.checkpoint, interrupted=True)
-        if paths.checkpoint.exists() and not ended:
+        try:
+            interrupted = not read_checkpoint(paths.checkpoint)["results"]
+        except CheckpointError:
+            interrupted = paths.checkpoint.exists()  # what is damaged may be precious too
+        if interrupted:
             why = "an interrupted run"
         elif paths.model.exists() or paths.report.exists():
             try:

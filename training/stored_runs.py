@@ -3,14 +3,15 @@
 import glob
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support import schema
-from support.files import CheckpointError, find_file, home, read_file
+from support.files import CheckpointError, find_file, home
 from support.report import read_json
-from training.options import RunOptions
+from training.checkpoints import read_checkpoint
+from training.options import OWN
 
 # of a report what is needed here: reports of earlier versions say less, and a run without validation has no such values
 FIGURES = {"accuracy": schema.FRACTION, "loss": schema.NUMBER}
@@ -28,7 +29,7 @@ REPORT = schema.optional(
     },
     images=schema.TEXT,
 )
-NOT_LEARNED = {field.name for field in fields(RunOptions)} - {"precision"} | {"preset"}  # a preset's values all count
+NOT_LEARNED = OWN | {"preset"}  # a preset's values all count
 MEASURED = (
     "parameters",
     "epochs",
@@ -105,9 +106,7 @@ def read_run(path: Path, name: str, defaults: dict) -> StoredRun:
         report = read_json(path, REPORT)
         results = report["results"]
     else:
-        report = read_file(path)
-        if not schema.fits(report, schema.CHECKPOINT):
-            raise CheckpointError(f"{path} is no whole checkpoint of a run")
+        report = read_checkpoint(path)
         results = report["results"] or results_until_now(report["runner"])
         report["metrics"] = {what: values.tolist() for what, values in report["runner"]["metrics"].items()}
     curves = {what: report["metrics"][f"val_{what}"] for what in FIGURES}
