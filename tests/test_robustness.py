@@ -96,7 +96,7 @@ def test_a_checkpoint_whose_contents_make_no_sense_is_one_line(checkpoint, tmp_p
     contents["results"] = None
     files.write_file(tmp_path / "saved" / checkpoint.name, contents)
     flags = ("--epochs", "1", "--hidden_size", "8", "--num_heads", "2", "--num_blocks", "1", "--batch_size", "8")
-    code, errors = run_on_tiny(tmp_path, *flags, "--resume", "--resume_changed")
+    code, errors = run_on_tiny(tmp_path, *flags, "--name", NAME, "--resume", "--resume_changed")
     assert code == 2 and f"no whole checkpoint of a run: runner.{key}" in errors and len(errors.splitlines()) == 1
 
 
@@ -104,7 +104,7 @@ def test_resuming_from_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path):
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / checkpoint.name).write_bytes(checkpoint.read_bytes()[:-100])
-    code, errors = run_on_tiny(tmp_path, "--batch_size", "8", "--resume")
+    code, errors = run_on_tiny(tmp_path, "--batch_size", "8", "--name", NAME, "--resume")
     assert code == 2 and "truncated or damaged" in errors
 
 
@@ -175,7 +175,7 @@ def test_a_run_killed_again_and_again_ends_as_the_run_left_alone(tmp_path, confi
 
 
 def test_a_run_killed_after_its_pictures_and_before_its_last_checkpoint_can_be_finished(tmp_path):
-    flags = ("--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--gif_frames", "2")
+    flags = ("--epochs", "1", "--num_blocks", "1", "--batch_size", "8", "--gif_frames", "2", "--name", NAME)
     write = Checkpoints.write
 
     def die_at_the_end(checkpoints, runner, results=None):
