@@ -241,9 +241,9 @@ def started(folder):
     if os.name == "nt":
         pytest.skip("sends signals")
     endless = "--epochs 5000 --batch_size 191 --gif_frames 0 --device cpu".split()
-    process = torchrun(2, TRAIN, *SMALL, *endless, cwd=folder)
+    process = torchrun(2, TRAIN, *SMALL, *endless, "--output_dir", str(folder), cwd=folder)
     for line in process.stdout:
-        if line.startswith("epoch   1/"):
+        if line.startswith("epoch    1/5000"):
             return process
     raise AssertionError(process.communicate()[1])
 
