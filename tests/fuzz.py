@@ -76,7 +76,7 @@ FOLDS = f"{VIT} --model mlp --epochs 1 --folds 2 --name folds"
 
 
 def train_at(folder: Path, flags: str, *more: object) -> None:
-    run_main("train.py", *flags.split(), "--gif_frames", 0, "--output_dir", folder, *more)
+    run_main("train.py", *flags.split(), "--gif_frames", 0, "--keep_checkpoint", "--output_dir", folder, *more)
 
 
 def stop_after_an_epoch(checkpoints: Checkpoints, runner: object) -> None:

@@ -48,9 +48,11 @@ def check_files(folder: Path) -> set[str]:
     """No file is half written; returns their names."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "filler"]
     for path in files:
-        assert path.suffix in (".checkpoint", ".pt", ".json", ".png", ".gif", ".lock", ".onnx", ".pt2"), path
+        assert path.suffix in (".checkpoint", ".pt", ".json", ".csv", ".png", ".gif", ".lock", ".onnx", ".pt2"), path
         if path.suffix in (".checkpoint", ".pt"):
             read_file(path)
+        elif path.suffix == ".csv":
+            assert path.read_text().startswith("epoch,step,train_loss,train_accuracy,val_loss,val_accuracy\n")
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix in (".png", ".gif"):
@@ -70,14 +72,14 @@ def test_a_disk_that_training_fills_is_one_line_and_keeps_the_checkpoint_that_fi
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and is_one_line(errors), errors
     names = check_files(disk)
-    assert {f"{MODEL}.checkpoint", f"{MODEL}.lock"} == {name for name in names if name.startswith(MODEL)}
+    assert {f"{MODEL}.checkpoint", f"{MODEL}.csv", f"{MODEL}_curves.png"} == {n for n in names if n.startswith(MODEL)}
     assert read_file(disk / f"saved/{MODEL}.checkpoint")["runner"]["progress"]["epoch"] in (1, 2)
 
 
 # it becomes full with the first frame, best model, checkpoint, last frame, curves, GIF, picture of attention
 @pytest.mark.parametrize("free", [0, 120, 180, 260, 350, 390, 440])
 def test_wherever_the_disk_becomes_full_every_file_is_whole_and_the_run_goes_on_when_there_is_room(disk, free):
-    flags = (*TINY, "--patience", "3", "--gif_frames", "2", "--output_dir", disk)
+    flags = (*TINY, "--patience", "3", "--gif_frames", "2", "--name", MODEL, "--output_dir", disk)
     leave(disk, free)
     with mock.patch.object(train, "load_data", lambda *_: tiny_dataset()):
         code, errors = outcome("train.py", *flags)

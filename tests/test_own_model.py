@@ -58,7 +58,8 @@ def test_the_constructor_is_given_by_name_what_it_asks_for(file):
 def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = f"{file}:MyNet"
-    run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, "--freeze", "none")
+    named = ("--freeze", "none", "--name", "MyNet_digits")
+    run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, *named)
     report = json.loads((tmp_path / "saved/MyNet_digits.json").read_text(encoding="utf-8"))
     run_main("evaluate.py", "saved/MyNet_digits.pt", "--model", model, "--output_dir", "figures")
     stored = json.loads((tmp_path / "figures/MyNet_digits_evaluation.json").read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ def on_a_terminal(columns: int, folder, *args) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", shown.decode())) if line.strip()]
 
 
-LONG = "--dataset digits --model cnn --epochs 2 --batch_size 8 --gif_frames 0 --device cpu --output_dir".split()
+LONG = "--dataset digits --epochs 2 --batch_size 4 --gif_frames 0 --device cpu --output_dir".split()
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -7,8 +7,8 @@ import pytest
 from helpers import MODEL, outcome, same_weights, train_small
 from test_runner import Calls, stop_at, vit_runner
 
-from training.callbacks import TensorBoard
 from training.checkpoints import restore_runner, runner_state
+from training.live import TensorBoard
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
