@@ -121,8 +121,7 @@ def position_similarity(model: VisionTransformer) -> torch.Tensor:
 def patch_filters(model: VisionTransformer, count: int = 28) -> torch.Tensor:
     """The first principal components of the filters that embed a patch, `(count, channels, size, size)`, each of norm 1
     (Dosovitskiy et al. 2021, figure 7, left); of a convolutional tokenizer, those of its first convolution."""
-    project = model.embedding.project
-    filters = (project if isinstance(project, nn.Conv2d) else project[0]).weight
+    filters = next(m for m in model.embedding.project.modules() if isinstance(m, nn.Conv2d)).weight
     components = torch.linalg.svd(filters.flatten(1).float().cpu(), full_matrices=False).Vh
     return components[:count].unflatten(1, filters.shape[1:])
 
@@ -133,7 +132,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     with torch.no_grad():
         logits = model(images[:500])
     right = logits.argmax(dim=1) == labels[:500]
-    wrong = (~right).nonzero()[: rows // 2, 0]
+    wrong = (~right).nonzero()[: max(rows // 2, rows - int(right.sum())), 0]
     chosen = torch.cat([right.nonzero()[: rows - len(wrong), 0], wrong])
     images, labels, logits = images[chosen], labels[chosen], logits[chosen]
     pixels = utils.to_pixels(images, metadata["mean"], metadata["std"])

@@ -56,6 +56,10 @@ class CNN(Model):
         x = F.max_pool2d(self.relu2(self.conv2(x)), 2)
         return self.output(x.flatten(1))
 
+    def whiten(self, images: torch.Tensor) -> None:
+        """Let the first layer begin with filters that whiten the 3x3 patches of these normalised images."""
+        begin_with(self.conv1, whitening_filters(images, 3, stride=1))
+
 
 class PatchEmbedding(nn.Module):
     """Images to tokens: patches, each projected to `hidden_size`, an optional CLS token in front, and positions.
@@ -68,8 +72,10 @@ class PatchEmbedding(nn.Module):
             which see the first 30 pixels.
         tokenizer: "patch" is one convolution with kernel and stride `patch_size` (Dosovitskiy et al. 2021); "conv" is
             stages of 3x3 convolutions, each with BatchNorm and ReLU, that halve the image by 2x2 max pooling, down to
-            the same grid (Xiao et al. 2021, Hassani et al. 2021), for patch sizes 2, 4, 8, ...
-        tokenizer_depth: convolutions in each stage of the "conv" tokenizer.
+            the same grid (Xiao et al. 2021, Hassani et al. 2021), for patch sizes 2, 4, 8, ...; "whitened" has the same
+            stages with GELU, each convolution but a stage's first as a residual branch, and before them a fixed
+            layer of 2x2 filters that `whiten` makes (Jordan 2024).
+        tokenizer_depth: convolutions in each stage of these two.
         cls_token: whether a learnable CLS token is put before the patches.
     """
 
@@ -79,7 +85,7 @@ class PatchEmbedding(nn.Module):
         patch_size: int = 4,
         hidden_size: int = 64,
         in_channels: int = 3,
-        tokenizer: Literal["patch", "conv"] = "patch",
+        tokenizer: Literal["patch", "conv", "whitened"] = "patch",
         tokenizer_depth: int = 1,
         cls_token: bool = True,
     ):
@@ -92,19 +98,30 @@ class PatchEmbedding(nn.Module):
             self.project = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
             nn.init.trunc_normal_(self.project.weight, std=(in_channels * patch_size**2) ** -0.5)
             nn.init.zeros_(self.project.bias)
-        elif tokenizer == "conv":
+        elif tokenizer in ("conv", "whitened"):
             _require_positive(tokenizer_depth=tokenizer_depth)
             if self.grid_size == 1:  # and BatchNorm could not train on a batch of one
-                raise ValueError(f"the conv tokenizer leaves one token: patch_size must be below {patch_size}")
-            self.project = _convolutional_tokenizer(in_channels, hidden_size, patch_size, tokenizer_depth)
+                raise ValueError(f"the {tokenizer} tokenizer leaves one token: patch_size must be below {patch_size}")
+            build = _convolutional_tokenizer if tokenizer == "conv" else _whitened_tokenizer
+            self.project = build(in_channels, _stage_widths(hidden_size, patch_size), tokenizer_depth)
         else:
-            raise ValueError(f"unknown tokenizer {tokenizer!r}: choose patch or conv")
+            raise ValueError(f"unknown tokenizer {tokenizer!r}: choose patch, conv or whitened")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
         tokens = self.grid_size**2 + cls_token
         self.position = nn.Parameter(torch.empty(1, tokens, hidden_size))
         nn.init.trunc_normal_(self.position, std=0.02)
         if cls_token:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def whiten(self, images: torch.Tensor) -> None:
+        """Let the first layer begin with filters that whiten the patches of these `(n, in_channels, height, width)`
+        normalised images: "patch" trains them further, "whitened" keeps them, "conv" has none."""
+        if isinstance(self.project, nn.Conv2d):
+            size = self.project.kernel_size[0]
+            begin_with(self.project, whitening_filters(images, size, stride=size))
+        elif not self.project[1].weight.requires_grad:
+            filters = whitening_filters(images, 2, stride=1)
+            begin_with(self.project[1], torch.cat([filters, -filters]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         tokens = self.project(images).flatten(2).transpose(1, 2)  # (batch, patches, hidden_size)
@@ -115,18 +132,20 @@ class PatchEmbedding(nn.Module):
         return tokens + self.position
 
 
-def _convolutional_tokenizer(in_channels: int, hidden_size: int, patch_size: int, depth: int) -> nn.Sequential:
-    """A stage of `depth` convolutions for each halving; channels double from stage to stage, up to `hidden_size`."""
+def _stage_widths(hidden_size: int, patch_size: int) -> list[int]:
+    """Channels of a stage for each halving of the image: they double from stage to stage, up to `hidden_size`."""
     stages = patch_size.bit_length() - 1
     if patch_size < 2 or 2**stages != patch_size or hidden_size % 2 ** (stages - 1):
         raise ValueError(
             f"a convolutional tokenizer halves the image until a patch is one pixel: patch_size {patch_size} must be "
             f"2, 4, 8, ... and hidden_size {hidden_size} divisible by half of it"
         )
+    return [hidden_size // 2**stage for stage in reversed(range(stages))]
+
+
+def _convolutional_tokenizer(channels: int, widths: list[int], depth: int) -> nn.Sequential:
     layers = []
-    channels = in_channels
-    for stage in reversed(range(stages)):
-        width = hidden_size // 2**stage
+    for width in widths:
         for convolution in range(depth):
             layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False))
             if convolution == 0:
@@ -134,6 +153,51 @@ def _convolutional_tokenizer(in_channels: int, hidden_size: int, patch_size: int
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # a fifth faster in training on a CPU
+
+
+def _whitened_tokenizer(channels: int, widths: list[int], depth: int) -> nn.Sequential:
+    first = nn.Conv2d(channels, 8 * channels, kernel_size=2, bias=False)  # of a 2x2 patch, plus and minus
+    first.weight.requires_grad_(False)
+    layers = [nn.ZeroPad2d((0, 1, 0, 1)), first, nn.GELU()]
+    channels = first.out_channels
+    for width in widths:
+        layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False))
+        layers += [nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+        layers += [ResidualConvolution(width) for _ in range(depth - 1)]
+        channels = width
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class ResidualConvolution(nn.Module):
+    """x + GELU(BatchNorm(3x3 convolution(x))) (He et al. 2015); `(batch, channels, height, width)` kept."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.gelu(self.norm(self.convolution(x)))
+
+
+def whitening_filters(images: torch.Tensor, size: int, stride: int) -> torch.Tensor:
+    """Filters `(channels * size**2, channels, size, size)` whose answers to the patches of these images are
+    uncorrelated and have about the variance 1, those of the largest variance before that first.
+
+    They are the eigenvectors of the patches' covariance, each over the root of its eigenvalue (Page 2018, Jordan 2024);
+    0.01 more, so that what hardly varies is not blown up.
+    """
+    patches = F.unfold(images.float(), size, stride=stride).transpose(1, 2).flatten(0, 1).double()
+    variances, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (variances + 0.01).sqrt()).T.flip(0)
+    return filters.float().view(-1, images.shape[1], size, size)
+
+
+@torch.no_grad()
+def begin_with(convolution: nn.Conv2d, filters: torch.Tensor) -> None:
+    """Put these in the place of its first filters; of too many, the last ones are left out."""
+    count = min(len(filters), convolution.out_channels)
+    convolution.weight[:count] = filters[:count].to(convolution.weight.device)
 
 
 class MultiHeadAttention(nn.Module):
@@ -222,7 +286,8 @@ class VisionTransformer(Model):
         num_blocks: transformer blocks.
         mlp_ratio: width of a block's hidden layer over `hidden_size`.
         pooling: what the head reads: "cls", the CLS token, or "mean", the mean of the patch tokens (no CLS token).
-        tokenizer, tokenizer_depth: "patch", or "conv" with this many convolutions in a stage (see PatchEmbedding).
+        tokenizer, tokenizer_depth: "patch", or "conv" or "whitened" with this many convolutions in a stage (see
+            PatchEmbedding).
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
 
     Raises:
@@ -240,7 +305,7 @@ class VisionTransformer(Model):
         in_channels: int = 3,
         mlp_ratio: float = 4.0,
         pooling: Literal["cls", "mean"] = "cls",
-        tokenizer: Literal["patch", "conv"] = "patch",
+        tokenizer: Literal["patch", "conv", "whitened"] = "patch",
         tokenizer_depth: int = 1,
         drop_path: float = 0.0,
     ):
@@ -277,6 +342,10 @@ class VisionTransformer(Model):
         if return_attention:
             return {"logits": logits, "attention_weights": torch.stack(attention_weights)}
         return logits
+
+    def whiten(self, images: torch.Tensor) -> None:
+        """Before training: see PatchEmbedding."""
+        self.embedding.whiten(images)
 
     def layers(self) -> list[list[nn.Module]]:
         *blocks, last = self.blocks

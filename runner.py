@@ -1,4 +1,4 @@
-"""Runner: the loop that trains, validates and tests a model, its metrics, and the choice of device."""
+"""Runner: the loop that trains, validates and tests a model, its metrics, and the choice of device and precision."""
 
 import itertools
 import math
@@ -31,6 +31,21 @@ def choose_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not available on this machine: choose auto, cpu, cuda or mps") from None
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 by itself. Others get there by way of fp32, many times slower: of CPUs all
+    but those with AMX (Intel, from 2023) or AVX-512 BF16 (AMD, from 2022)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision by name; "auto" takes bf16 where the device computes in it, else fp32."""
+    return name if name != "auto" else "bf16" if has_bf16(device) else "fp32"
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -57,11 +57,13 @@ class Config(RunOptions):
     patch_size: int = 4  # side of a patch in pixels: 4 on 32x32 images gives 64 patches
     mlp_ratio: float = 4.0  # width of a ViT block's hidden layer over hidden_size
     pooling: Literal["mean", "cls"] = "mean"  # what the ViT's head reads: the patches' mean, or a CLS token
-    tokenizer: Literal["patch", "conv"] = "patch"  # one strided convolution, or a stack of 3x3 convolutions
-    tokenizer_depth: int = 1  # convolutions in each stage (each halving of the image) of the conv tokenizer
+    # one strided convolution; a stack of 3x3 convolutions; the same after whitening, with residual branches
+    tokenizer: Literal["patch", "conv", "whitened"] = "patch"
+    tokenizer_depth: int = 1  # convolutions in each stage (each halving of the image) of the last two
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
-    # trained weights to start from
+    # weights to start from
+    whiten: bool = True  # first filters of ViT and CNN whose answers to the training images are uncorrelated
     init_from: str | None = None  # a file of saved/ with a model like this one; its head is left out
     pretrained: bool = False  # a timm model's published weights, which are downloaded
     pretrained_file: str | None = None  # ... or taken from this file (.safetensors, .pth, .npz)
@@ -78,8 +80,9 @@ class Config(RunOptions):
     # random_erasing, mixup, cutmix
     augment: str = "crop_flip"
     optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # muon for hidden matrices and filters, AdamW for the rest
-    lr: float = 8e-3  # peak learning rate, after warm-up: muon's, see RATES for the others
-    weight_decay: float = 0.1  # on matrices alone: muon's, see RATES for the others
+    lr: float = 6e-3  # peak learning rate, after warm-up: muon's, see RATES for the others
+    weight_decay: float = 0.05  # on matrices alone: muon's, see RATES for the others
+    momentum: float = 0.95  # part of the earlier gradients that is kept at each step; Adam's first beta
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know
@@ -95,13 +98,13 @@ class Config(RunOptions):
         self.epochs = whole(self.epochs)
 
 
-# What takes the place of lr and weight_decay with `--optimizer`. Adam and SGD add the decay to the gradient, AdamW and
-# Muon take it off the weights, so that one value cannot serve all.
+# What takes the place of lr, weight_decay and momentum with `--optimizer`. Adam and SGD add the decay to the gradient,
+# AdamW and Muon take it off the weights, so that one value cannot serve all.
 RATES = {
-    "muon": {"lr": 8e-3, "weight_decay": 0.1},
-    "adamw": {"lr": 2e-3, "weight_decay": 0.05},
-    "adam": {"lr": 2e-3, "weight_decay": 0.0},
-    "sgd": {"lr": 0.1, "weight_decay": 5e-4},
+    "muon": {"lr": 6e-3, "weight_decay": 0.05, "momentum": 0.95},
+    "adamw": {"lr": 2e-3, "weight_decay": 0.05, "momentum": 0.9},
+    "adam": {"lr": 2e-3, "weight_decay": 0.0, "momentum": 0.9},
+    "sgd": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9},
 }
 # The same for `--dataset digits`, which has 1,150 training images where CIFAR-10 has 40,000.
 DIGITS = {"epochs": 12, "batch_size": 16}
@@ -118,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
 
         torch.manual_seed(config.seed)
         model = build_model(config.model, run.hyperparameters, data.image_size, len(data.classes))
-        use_trained_weights(model, data, config)
+        set_first_weights(model, data, config)
         run.describe(model, data, usual=dependent_defaults(config))
 
         options = {"shuffle": True, "augment": config.augment, "seed": config.seed}
@@ -126,7 +129,9 @@ def main(args: list[str] | None = None) -> None:
         val_loader, test_loader = (data.loader(part, 500, run.device, **run.share) for part in ("val", "test"))
         validation = WithProgress(val_loader, "validating") if len(data.val) else None
 
-        optimizer = build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
+        optimizer = build_optimizer(
+            model, config.optimizer, config.lr, config.weight_decay, config.layer_decay, config.momentum
+        )
         schedule = build_schedule(optimizer, steps_in(config.epochs, len(train_loader)), config.warmup, config.schedule)
         runner = run.runner(
             model,
@@ -204,8 +209,9 @@ def load_images(config: Config) -> Dataset:
     return data
 
 
-def use_trained_weights(model: Model, data: Dataset, config: Config) -> None:
-    """Start from the weights asked for, with images normalised as they were for these, and freeze what is to be."""
+def set_first_weights(model: Model, data: Dataset, config: Config) -> None:
+    """Start from trained weights that are asked for, with images normalised as they were for these, or from filters
+    that the images give; and freeze what is to be."""
     if config.init_from:
         metadata = start_from(model, config.init_from)
         data.start_after(metadata, config.init_from)
@@ -215,6 +221,8 @@ def use_trained_weights(model: Model, data: Dataset, config: Config) -> None:
             with distributed.main_process_first():
                 load_timm_weights(model, config.pretrained_file)
         data.mean, data.std = model.mean, model.std
+    elif config.whiten and hasattr(model, "whiten"):
+        model.whiten(next(iter(data.loader("train", 5000)))[0])
     if config.freeze == "backbone":
         freeze_backbone(model)
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 import train
 from images.augment import import_torchvision
 from images.loader import Split
-from runner import Runner
+from runner import Runner, choose_precision, steps_in
 from setup_cifar import load_data
 from support import cli
 from support.model import num_parameters
@@ -87,17 +87,14 @@ class PILDataset(TorchDataset):
 
 class History:
     """A Runner's callback: after each epoch `rows` has its validation accuracy, and the seconds of training until then,
-    by the clock and of the processor.
+    by the clock and of the processor, from where this object was made.
 
     Validation is left out; so is loading, unless `with_loading`. Training ends above `stop_at`.
     """
 
     def __init__(self, with_loading: bool = True, stop_at: float = 1.0):
         self.with_loading, self.stop_at = with_loading, stop_at
-        self.rows, self.seconds = [], np.zeros(2)
-
-    def train_start(self, _runner: Runner) -> None:
-        self.started = self.now()
+        self.rows, self.seconds, self.started = [], np.zeros(2), self.now()
 
     def step_start(self, _runner: Runner) -> None:
         if not self.with_loading:
@@ -125,22 +122,24 @@ def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) ->
     """
     torch.manual_seed(seed)
     data = load_data("cifar10", data_dir)
+    history = History(stop_at=stop_at)
     if contender == "reference":
-        model, epochs, schedule = ReferenceViT(), 20, None
+        model, epochs, schedule, precision = ReferenceViT(), 20, None, "fp32"
         train_loader = DataLoader(PILDataset(data.train), batch_size=128, shuffle=True)
         val_loader = DataLoader(PILDataset(data.val), batch_size=128)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     elif contender == "quick":
         quick = cli.parse(train.Config, ["--preset", "quick"], train.dependent_defaults, remember=False)
         model, epochs = build_model(quick.model, dataclasses.asdict(quick), data.image_size, 10), quick.epochs
+        train.set_first_weights(model, data, quick)
+        precision = choose_precision(quick.precision, torch.device("cpu"))
         train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=quick.augment, seed=seed)
         val_loader = data.loader("val", 500)
-        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay)
-        schedule = build_schedule(optimizer, epochs * len(train_loader), quick.warmup)
+        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay, momentum=quick.momentum)
+        schedule = build_schedule(optimizer, steps_in(epochs, len(train_loader)), quick.warmup)
     else:
         raise ValueError(f"unknown contender {contender!r}: choose reference, quick or cct_2")
-    history = History(stop_at=stop_at)
-    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, callbacks=[history])
+    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, precision=precision, callbacks=[history])
     runner.train(WithProgress(train_loader, f"{contender}, seed {seed}"), val_loader, epochs)
     return history.rows
 

@@ -23,8 +23,10 @@ from network import (
     PatchEmbedding,
     TransformerBlock,
     VisionTransformer,
+    whitening_filters,
 )
 from support.files import CheckpointError, write_file
+from training.optim import build_optimizer
 
 # For every class, arguments none of which is the default: a `save` or `load` that loses one is noticed.
 UNUSUAL = {
@@ -585,3 +587,82 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
         unusual(CNN, 1).save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
     assert torch.equal(CNN.load(path).output.weight, unusual(CNN, 0).output.weight)
+
+
+# ------------------------------------------------------------------------------------------------- whitening
+
+
+def covariance_of_answers(images: torch.Tensor, filters: torch.Tensor, stride: int) -> torch.Tensor:
+    answers = F.conv2d(images.double(), filters.double(), stride=stride).transpose(0, 1).flatten(1)
+    return answers @ answers.T / answers.shape[1]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(2, 1), (4, 4), (3, 1)])
+def test_answers_of_whitening_filters_are_uncorrelated_with_variance_one(size, stride):
+    noise = torch.randn(200, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = 2 * F.avg_pool2d(noise, 3, stride=1, padding=1) + 0.5 * noise[:, :1]  # neighbours are alike
+    filters = whitening_filters(images, size, stride)
+    assert filters.shape == (3 * size**2, 3, size, size)
+    covariance = covariance_of_answers(images, filters, stride)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert ((covariance.diag() > 0.5) & (covariance.diag() < 1.001)).all()  # 0.01 beside the smallest is felt
+    norms = filters.flatten(1).norm(dim=1)
+    assert (norms[1:] >= norms[:-1] - 1e-6).all()  # of the largest variance first
+
+
+@pytest.mark.parametrize("hidden_size", [16, 64])
+def test_whitening_gives_a_patch_embedding_its_first_filters(hidden_size):
+    images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)).cumsum(dim=3)
+    model = VisionTransformer(img_size=16, hidden_size=hidden_size, num_heads=2, num_blocks=1)
+    before = model.embedding.project.weight.clone()
+    model.whiten(images)
+    filters, after = whitening_filters(images, 4, 4), model.embedding.project.weight
+    count = min(48, hidden_size)
+    assert torch.equal(after[:count], filters[:count]) and torch.equal(after[count:], before[count:])
+    assert after.requires_grad
+
+
+def test_whitened_tokenizer_keeps_its_filters_in_training_and_in_a_file(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 16, 16).cumsum(dim=2)
+    arguments = {"img_size": 16, "hidden_size": 16, "num_heads": 2, "num_blocks": 1, "patch_size": 4, "pooling": "mean"}
+    model = VisionTransformer(**arguments, tokenizer="whitened", tokenizer_depth=2)
+    model.whiten(images)
+    first = model.embedding.project[1].weight
+    filters = whitening_filters(images, 2, 1)
+    assert torch.equal(first, torch.cat([filters, -filters])) and not first.requires_grad
+    optimizer = build_optimizer(model)
+    F.cross_entropy(model(images), torch.arange(64) % 10).backward()
+    optimizer.step()
+    assert torch.equal(first, torch.cat([filters, -filters]))
+    model.eval().save(tmp_path / "model.pt")
+    assert torch.equal(Model.load(tmp_path / "model.pt")(images), model(images))
+    assert model(images, return_attention=True)["attention_weights"].shape == (1, 64, 2, 16, 16)
+
+
+def test_whitened_tokenizer_is_these_layers_one_after_another():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=8, hidden_size=8, num_heads=2, num_blocks=1, patch_size=4, tokenizer="whitened",
+                              tokenizer_depth=2).eval()  # fmt: skip
+    images, weights = torch.randn(3, 3, 8, 8), dict(model.embedding.project.named_parameters())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def stage(x, entry, inner, first, second):
+        x = F.max_pool2d(F.conv2d(x, weights[entry], padding=1), 2)
+        x = F.gelu(first(x))
+        return x + F.gelu(second(F.conv2d(x, weights[inner], padding=1)))
+
+    x = F.gelu(F.conv2d(F.pad(images, (0, 1, 0, 1)), weights["1.weight"]))
+    x = stage(x, "3.weight", "7.convolution.weight", norms[0], norms[1])
+    x = stage(x, "8.weight", "12.convolution.weight", norms[2], norms[3])
+    torch.testing.assert_close(model.embedding.project(images), x)
+
+
+def test_the_cnn_begins_with_whitening_filters():
+    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cumsum(dim=3)
+    model = CNN()
+    model.whiten(images)
+    assert torch.equal(model.conv1.weight, whitening_filters(images, 3, 1)[:16])

@@ -44,7 +44,7 @@ def named(data: Dataset, *args) -> str:
         ("--patch_size 8 --num_heads 2", "VisionTransformer_heads2_patch8"),
         ("--optimizer sgd", "VisionTransformer_sgd"),  # and not its rate, which comes with it
         ("--augment none --seed 1", "VisionTransformer_seed1_augment_none"),
-        ("--epochs 20 --lr 8e-3", "VisionTransformer"),  # as by default
+        ("--epochs 20 --lr 6e-3", "VisionTransformer"),  # as by default
         ("--fold 0/5", "VisionTransformer_fold_0of5"),
         ("--val_fraction 0", "VisionTransformer_all"),
         ("--init_from saved/CNN.pt", "VisionTransformer_from_CNN"),
@@ -207,7 +207,7 @@ def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
     [
         ("--model cnn --patch_size 2 --num_heads 5", "--num_heads, --patch_size have no effect on a CNN"),
         ("--monitor accuracy", "--monitor has no effect without --patience"),
-        ("--tokenizer_depth 2", "--tokenizer_depth has no effect without --tokenizer conv"),
+        ("--tokenizer_depth 2", "--tokenizer_depth has no effect with --tokenizer patch"),
         ("--preset quick --model cnn", "what --preset quick says of"),
         ("--fold 0/5 --val_fraction 0.3", "--val_fraction has no effect with --fold"),
         ("--model mlp --pooling cls", "--pooling has no effect on a MLP"),

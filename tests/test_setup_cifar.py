@@ -290,6 +290,13 @@ def test_an_epoch_can_be_taken_up_at_any_batch(first_batch):
     assert torch.equal(images, whole[7 * first_batch :])
 
 
+def test_a_device_with_a_number_is_that_where_the_images_lie(digits):
+    """Tensors sent to "cuda" say that they are on "cuda:0": not another place, from which each batch must come."""
+    plain, numbered = (digits.loader("train", 500, device) for device in ("cpu", "cpu:0"))
+    for (images, labels), (same, too) in zip(plain, numbered, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, too)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_images_that_do_not_fit_on_the_gpu_come_batch_by_batch(digits, monkeypatch):
     held = digits.loader("train", 100, "cuda", shuffle=True, augment="crop_flip")

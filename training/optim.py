@@ -9,37 +9,44 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from network import Model
+from runner import has_bf16
 from support import schema
 
 Groups = list[dict]  # of parameters, as torch's optimisers take them: `params`, `lr`, `weight_decay`
 
 
-def muon(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+def muon(groups: Groups, matrices: Groups, lr: float, momentum: float) -> Optimizer:
     """Muon (Jordan et al. 2024) for the hidden matrices, whose updates it orthogonalises, and AdamW for the rest."""
-    return MuonAndAdamW(matrices, adamw(groups, [], lr)) if matrices else adamw(groups, [], lr)
+    rest = adamw(groups, [], lr, 0.9)
+    return MuonAndAdamW(Muon(matrices, momentum), rest) if matrices else rest
 
 
-def adamw(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+def adamw(groups: Groups, matrices: Groups, lr: float, momentum: float) -> Optimizer:
     """Loshchilov & Hutter 2019."""
-    return AdamW(groups + matrices, lr=lr, fused=True)
+    return AdamW(groups + matrices, lr=lr, betas=(momentum, 0.999), fused=True)
 
 
-def adam(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
+def adam(groups: Groups, matrices: Groups, lr: float, momentum: float) -> Optimizer:
     """Kingma & Ba 2015; weight decay is added to the gradient."""
-    return Adam(groups + matrices, lr=lr, fused=True)
+    return Adam(groups + matrices, lr=lr, betas=(momentum, 0.999), fused=True)
 
 
-def sgd(groups: Groups, matrices: Groups, lr: float) -> Optimizer:
-    """Nesterov momentum 0.9 (Sutskever et al. 2013); weight decay is added to the gradient."""
-    return SGD(groups + matrices, lr=lr, momentum=0.9, nesterov=True)
+def sgd(groups: Groups, matrices: Groups, lr: float, momentum: float) -> Optimizer:
+    """With Nesterov's momentum (Sutskever et al. 2013); weight decay is added to the gradient."""
+    return SGD(groups + matrices, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
-# `--optimizer NAME`. Each is given groups of parameters, the hidden matrices apart, and the learning rate.
+# `--optimizer NAME`. Each is given groups of parameters, the hidden matrices apart, the learning rate and the momentum.
 OPTIMIZERS = {"muon": muon, "adamw": adamw, "adam": adam, "sgd": sgd}
 
 
 def build_optimizer(
-    model: Model, name: str = "muon", lr: float = 8e-3, weight_decay: float = 0.1, layer_decay: float = 1.0
+    model: Model,
+    name: str = "muon",
+    lr: float = 6e-3,
+    weight_decay: float = 0.05,
+    layer_decay: float = 1.0,
+    momentum: float = 0.95,
 ) -> Optimizer:
     """The optimiser for `model` by its name in OPTIMIZERS.
 
@@ -63,55 +70,72 @@ def build_optimizer(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     others, matrices = group(p for p in trained if p not in hidden), group(p for p in trained if p in hidden)
-    return OPTIMIZERS[name](others, matrices, lr)
+    return OPTIMIZERS[name](others, matrices, lr, momentum)
 
 
-class MuonAndAdamW(Optimizer):
-    """torch's Muon for `groups` of matrices and filters, and an AdamW for the rest, seen from outside as one optimiser.
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) as torch's, with these differences: a convolution's filters `(out, in, height, width)`
+    are the matrix `(out, in * height * width)`, and matrices of one shape are orthogonalised together.
 
-    torch's Muon takes matrices alone: a convolution's filters `(out, in, height, width)` are given to it as the matrix
-    `(out, in * height * width)`. Its updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025), so
-    one learning rate serves both.
+    Updates are scaled to the size of AdamW's (Liu et al. 2025), so one learning rate serves both.
     """
 
-    def __init__(self, groups: list[dict], adamw: AdamW):
-        self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for group in groups for p in group["params"]}
-        as_matrices = [{**group, "params": [self.matrices[p] for p in group["params"]]} for group in groups]
-        self.muon = torch.optim.Muon(as_matrices, adjust_lr_fn="match_rms_adamw")
-        self.adamw = adamw
-        ours = [{**theirs, "params": g["params"]} for theirs, g in zip(self.muon.param_groups, groups, strict=True)]
-        super().__init__(ours + adamw.param_groups, {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """AdamW and the whole hold the same group dicts, so that a schedule that sets `lr` here sets it there."""
-        self.param_groups[len(self.muon.param_groups) :] = self.adamw.param_groups
+    def __init__(self, groups: Groups, momentum: float = 0.95):
+        super().__init__(groups, {"momentum": momentum})  # Nesterov's
 
     @torch.no_grad()
     def step(self, closure=None):
-        self._give_to_muon()
-        self.muon.step()
-        for weight, matrix in self.matrices.items():
-            weight.copy_(matrix.view_as(weight))
-        self.adamw.step()
+        alike = {}  # by shape: the parameters, with their group and what is to be orthogonalised
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"]).flatten(1)
+                alike.setdefault(update.shape, []).append((p, group, update))
+        for shape, members in alike.items():
+            updates = orthogonalize(torch.stack([update for *_, update in members]))
+            for (p, group, _), update in zip(members, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view(p.shape), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
-    def _give_to_muon(self) -> None:
-        for theirs, ours in zip(self.muon.param_groups, self.param_groups, strict=False):
-            theirs.update({**ours, "params": theirs["params"]})
-        for weight, matrix in self.matrices.items():
-            matrix.data = weight.detach().flatten(1)
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Of each of the matrices `(n, rows, columns)`, about the nearest with orthonormal rows or columns: five steps of
+    a Newton-Schulz iteration with the coefficients of Jordan et al. 2024, which make singular values 0.7 to 1.2."""
+    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
+    high = x.shape[1] > x.shape[2]
+    x = x.mT if high else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if high else x).to(matrices.dtype)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for some parameters and AdamW for the rest, seen from outside as one optimiser."""
+
+    def __init__(self, muon: Muon, adamw: AdamW):
+        self.parts = [muon, adamw]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """The parts and the whole hold the same group dicts, so that a schedule that sets `lr` here sets it there."""
+        self.param_groups[:] = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
 
     def state_dict(self) -> dict:
-        self._give_to_muon()
-        return {"parts": [self.muon.state_dict(), self.adamw.state_dict()]}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self._give_to_muon()  # to have its matrices on the weights' device
-        for part, state in zip((self.muon, self.adamw), state_dict["parts"], strict=True):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        for theirs, ours in zip(self.muon.param_groups, self.param_groups, strict=False):
-            ours.update({**theirs, "params": ours["params"]})
         self._share_groups()
 
 
@@ -166,7 +190,7 @@ def set_position(schedule: LambdaLR, step: int) -> None:
 
 # What these optimisers remember of each parameter, besides `step` tensors of its shape.
 MEMORY = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Adam: {"step", "exp_avg", "exp_avg_sq"}}
-MEMORY |= {SGD: {"momentum_buffer"}, torch.optim.Muon: {"momentum_buffer"}}
+MEMORY |= {SGD: {"momentum_buffer"}, Muon: {"momentum_buffer"}}
 
 
 def checked_state(optimizer: Optimizer, state: dict) -> dict:
@@ -179,7 +203,7 @@ def checked_state(optimizer: Optimizer, state: dict) -> dict:
     """
     if isinstance(optimizer, MuonAndAdamW):
         schema.check(state, {"parts": [{...: schema.ANYTHING}]}, "optimizer")
-        pairs = zip((optimizer.muon, optimizer.adamw), state["parts"], strict=True)
+        pairs = zip(optimizer.parts, state["parts"], strict=True)
         return {"parts": [checked_state(part, found) for part, found in pairs]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     memory = state.get("state") if isinstance(state, dict) else None

@@ -196,7 +196,10 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     def add(names: str, reason: str, applies: bool) -> None:
         found.update({name: reason for name in names.split() if applies and name not in found})
 
-    add("tokenizer_depth", "without --tokenizer conv", config.tokenizer != "conv")
+    add("tokenizer_depth", "with --tokenizer patch", config.tokenizer == "patch")
+    add("whiten", f"on {what}", not hasattr(find_model(config.model), "whiten"))
+    add("whiten", "with --tokenizer conv", config.tokenizer == "conv")
+    add("whiten", "with --init_from", bool(config.init_from))
     add("monitor min_improvement", "without --patience", not config.patience)
     add("pretrained", "beside --pretrained_file", bool(config.pretrained_file))
     add("val_fraction", "with --fold", config.fold is not None)
@@ -218,7 +221,7 @@ MODEL_NAMES = {"vit": "ViT", "cnn": "CNN", "mlp": "MLP"}
 SHORTEST = 0.5  # minutes: what Python and torch need to start, and the test, leave nothing of less
 POSITIVE = ("epochs", "minutes", "batch_size", "grad_accum", "lr", "checkpoint_minutes")
 NOT_NEGATIVE = ("weight_decay", "patience", "min_improvement", "grad_clip", "gif_frames", "gif_frame_duration")
-BELOW_ONE = ("warmup", "label_smoothing", "ema")  # and at least 0
+BELOW_ONE = ("warmup", "label_smoothing", "ema", "momentum")  # and at least 0
 FRACTIONS = ("layer_decay", "label_fraction")  # above 0 and at most 1
 
 

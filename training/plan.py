@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 from images.loader import Dataset
 from runner import Runner, steps_in
@@ -33,8 +34,9 @@ from training.presets import PRESETS
 
 FEWEST_STEPS = 20
 AIM = 0.98  # part of the time that a plan fills
-TOLERANCE = 0.03  # of the time: an end that is expected further than this from the aim is corrected
-UNSURE = 0.15  # of the time that is left: nor is one corrected that is closer than this, as speeds go up and down
+CHECK = 0.25  # part of the time that is left after which the end is foreseen again, from the speed until then
+TOLERANCE = 0.03  # of the time: an end that is foreseen further than this from the aim is corrected
+UNSURE = 0.1  # of the time that is left: nor is one corrected that is closer than this, as speeds go up and down
 LAST_STEPS = 10  # at least so many follow a correction, in which the learning rate comes down
 # Drawings that the curves and the attention maps take as long as, and the part of one that a picture in the GIF does.
 PICTURES, GIF_PART = 6, 0.25
@@ -234,14 +236,14 @@ def choose(run, data: Dataset, with_preset: Callable[[str], Any], began: float) 
         )
     name = max(guesses, key=guesses.get) if guesses else config.preset
     if guesses:
-        others = ", ".join(f"{other} {guess:.0%} ({fits[other]} epochs)" for other, guess in guesses.items())
-        print(f"--preset auto takes {name}; a guess from stored CIFAR-10 curves of validation accuracy: {others}")
+        print(f"--preset auto takes {name}. A guess, from stored runs on CIFAR-10, of the validation accuracy:")
+        for other, guess in guesses.items():
+            print(f"  {other:8} {guess:.0%} after {fits[other]} epochs")
         vars(config).update(vars(candidates[name]))
     config.epochs = fits[name]
     print(
-        f"--minutes {config.minutes:g} is --epochs {config.epochs} at {1000 * costs[name].step:.0f} ms a step here: "
-        f"start and measuring took {time.monotonic() - began:.0f} s, "
-        f"test and pictures take about {costs[name].finish:.0f} s",
+        f"--minutes {config.minutes:g} is --epochs {config.epochs} at {1000 * costs[name].step:.0f} ms a step here\n"
+        f"(start and measuring: {time.monotonic() - began:.0f} s; test and pictures: {costs[name].finish:.0f} s)",
         flush=True,
     )
     return costs[name]
@@ -270,7 +272,7 @@ class Deadline:
         self.costs = costs
         self.planned = self.config.epochs  # that the schedule was made for
         self.knots = []  # after corrections: pairs of epochs done and of places in the schedule, in epochs
-        self.seconds, self.steps = 0.0, 0.0  # of late, what is long ago counting less
+        self.seconds, self.steps = 0.0, 0  # since the end was foreseen last
         self.all_seconds, self.all_steps = 0.0, 0  # since training began: what comes last is as fast as that was
         self.finish = self.costs.finish / self.costs.step if self.costs else 40.0  # in steps
         self.ended, self.drew, self.checked, self.epoch = None, False, None, 0
@@ -305,16 +307,16 @@ class Deadline:
     def step_end(self, runner: Runner) -> None:
         self.ended = self.now()
         self._count(self.ended - self.started, 1)
-        if self.steps >= 5 and self.ended - self.checked >= max(3.0, 0.02 * self.limit):
-            self.checked = self.ended
+        left = self.limit - self.elapsed()
+        if self.steps >= 5 and self.ended - self.checked >= max(3.0, CHECK / (1 - CHECK) * left):
             self.correct(runner)
+            self.checked, self.seconds, self.steps = self.ended, 0.0, 0
         frames = self.config.gif_frames
         self.drew = frames > 0 and draws_frame(runner.step, runner.total_steps, runner.total_epochs, frames)
 
     def _count(self, seconds: float, steps: int) -> None:
         self.all_seconds, self.all_steps = self.all_seconds + seconds, self.all_steps + steps
-        kept = math.exp(-seconds / min(60.0, max(5.0, 0.1 * self.limit)))
-        self.seconds, self.steps = kept * self.seconds + seconds, kept * self.steps + steps
+        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
 
     def correct(self, runner: Runner) -> None:
         """Change the number of steps if the run would end too early or too late."""
@@ -337,10 +339,9 @@ class Deadline:
         if new <= done or new == total:
             return
         late = "late" if missed > 0 else "early"
-        print(
-            f"\nthe end would come {abs(missed):.0f} s too {late} at {1000 * step:.0f} ms a step: "
-            f"{epochs} epochs in place of {self.config.epochs}",
-            flush=True,
+        tqdm.write(  # which takes the progress bar away before
+            f"the end would come {abs(missed):.0f} s too {late} at {1000 * step:.0f} ms a step: "
+            f"{epochs} epochs in place of {self.config.epochs}"
         )
         here = self.place(done / per_epoch)
         self.knots = [*(knot for knot in self.knots if knot[0] < done / per_epoch), [done / per_epoch, here]]

@@ -15,7 +15,7 @@ import torch
 import utils
 from images.loader import Dataset, ImageLoader
 from network import MODELS, VisionTransformer
-from runner import NonFiniteLoss, Runner, choose_device
+from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support import cli, distributed, schema
 from support.files import CheckpointError, home
 from support.model import Model, num_parameters, read_model
@@ -26,12 +26,6 @@ from training.live import Frames, LiveResults, TensorBoard
 from training.options import hyperparameters, name_of, same_hyperparameters
 from training.parallel import OwnNumbers, ParallelRunner
 from training.paths import Paths, release
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """The precision by name; "auto" takes bf16 on a GPU that computes in it, else fp32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return name if name != "auto" else "bf16" if has_bf16 else "fp32"
 
 
 class Run:
