@@ -14,6 +14,13 @@ from support.files import CheckpointError, read_file, write_file
 from training.optim import checked_state, set_position
 
 PROGRESS = ("epoch", "batch", "step", "skipped")  # of the Runner's attributes
+# by which a user knows a callback
+FLAGS = {
+    "WeightAverage": "--ema",
+    "EarlyStopping": "--patience",
+    "TensorBoard": "--tensorboard",
+    "Deadline": "--minutes",
+}
 
 
 class Checkpoints:
@@ -107,10 +114,16 @@ class Checkpoints:
             set_position(runner.scheduler, runner.epoch * len(train_loader) + runner.batch)
         if checkpoint["results"] is not None and not changed:
             return checkpoint["results"]
-        print(f"resuming after epoch {runner.epoch}, step {runner.step}")
-        if differ := checkpoint["runner"]["callbacks"].keys() ^ _stateful(runner).keys():
-            print(f"only on one side, and beginning or ending here: {', '.join(sorted(differ))}")
+        self.resumed = checkpoint["runner"]["callbacks"].keys()
         return None
+
+    def say_resumed(self, runner: Runner) -> None:
+        """Where the run goes on, and what begins or ends there."""
+        print(f"resuming after epoch {runner.epoch}, step {runner.step}")
+        before, now = self.resumed, _stateful(runner).keys()
+        for word, names in (("with", now - before), ("without", before - now)):
+            if names:
+                print(f"from here on {word} {', '.join(sorted(FLAGS.get(name, name) for name in names))}")
 
     def _require_same_images(self, checkpoint: dict) -> None:
         done, validations = checkpoint["runner"]["progress"]["epoch"], len(checkpoint["runner"]["metrics"]["val_step"])
