@@ -10,7 +10,7 @@ import torch
 from images.loader import Dataset, ImageLoader
 from runner import Runner
 from support import distributed, schema
-from support.files import CheckpointError, read_file, write_file
+from support.files import CheckpointError, first_line, read_file, write_file
 from training.optim import checked_state, set_position
 
 PROGRESS = ("epoch", "batch", "step", "skipped")  # of the Runner's attributes
@@ -102,8 +102,7 @@ class Checkpoints:
         try:
             restore_runner(runner, checkpoint["runner"])
         except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.path} does not fit this model: {reason}") from None
+            raise CheckpointError(f"{self.path} does not fit this model: {first_line(error)}") from None
         sizes = [config["batch_size"] * config.get("grad_accum", 1) for config in (before, now)]
         if sizes[0] != sizes[1]:
             done = runner.batch * sizes[0]  # images of this epoch

@@ -317,7 +317,7 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
         with from_cache_alone() if silence else contextlib.nullcontext():
             trained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the libraries below have many ways of saying that it did not work
-        reason = silence or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = silence or first_line(error)
         advice = "" if path else ". Without a network, --pretrained_file takes them from a file"
         raise ValueError(f"the weights of {name} are not available from {source}: {reason}{advice}") from None
     head = {id(tensor) for tensor in model.get_classifier().parameters()}
