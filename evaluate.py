@@ -24,12 +24,12 @@ import train
 from network import Model
 from runner import choose_device
 from support import cli
-from support.files import home
-from support.report import provenance, write_results
+from support.files import figures_folder
+from support.report import plain_table, provenance, shorten, write_results
 from support.significance import paired_bootstrap
 from training.evaluation_figures import draw_calibration, draw_confusion, draw_ensemble, draw_mistakes
 from training.side_by_side import show
-from training.trained import load_model, mean_probabilities, predict, test_loader
+from training.trained import data_title, load_model, mean_probabilities, predict, test_loader
 
 BINS = 15  # of confidence, as Guo et al. (2017) take for CIFAR
 
@@ -59,13 +59,8 @@ def main(args: list[str] | None = None) -> None:
         names = [Path(path).stem for path in config.models]
         check(config, names)
         if config.runs:
-            show(
-                config.runs,
-                asdict(train.Config()),
-                config.sort,
-                config.each,
-                Path(config.output_dir or home() / "figures"),
-            )
+            folder = figures_folder(config.output_dir)
+            show(config.runs, asdict(train.Config()), config.sort, config.each, folder)
             return
         device = choose_device(config.device)
         models = [load_model(path, device, config.model) for path in config.models]
@@ -94,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
             suffix = "" if metadata["dataset"] == "cifar10" else f"_{metadata['dataset']}"
             prefix = prefix_of(together.name + suffix, config)
             evaluate(together, loader.images, " ".join(config.models), title, metadata, prefix)
-            report_ensemble(answers, together, f"{title} on {metadata['dataset']}", prefix)
+            report_ensemble(answers, together, f"{title} on {data_title(metadata)}", prefix)
 
 
 def check(config: Config, names: list[str]) -> None:
@@ -124,7 +119,7 @@ FLIPPED = ", with mirror images"  # in titles
 
 
 def prefix_of(name: str, config: Config) -> Path:
-    return Path(config.output_dir or home() / "figures") / (name + "_flip" * config.flip)
+    return figures_folder(config.output_dir) / (name + "_flip" * config.flip)
 
 
 class Answers(NamedTuple):
@@ -156,11 +151,11 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
         "classes": per_class(probabilities, labels, classes),
         "provenance": provenance(),
     }
-    print(f"\n{path}: {title} on the {len(labels):,} test images of {dataset}")
+    print(f"\n{path}\n{title} on the {len(labels):,} test images of {data_title(metadata)}")
     error = f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)"
     print(f"accuracy {report['accuracy']:.2%}  loss {report['loss']:.4f}  {error}\n")
-    print(markdown_table(report["classes"]))
-    title = f"{title} on {dataset}"
+    print(table_of_classes(report["classes"]), end="\n\n")
+    title = f"{title} on {data_title(metadata)}"
     files = [prefix.with_name(f"{prefix.name}_{what}.png") for what in ("confusion", "calibration", "mistakes")]
     draw_confusion(report["confusion_matrix"], classes, files[0], title)
     draw_calibration(report, files[1], title)
@@ -168,7 +163,7 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
     report_path = prefix.with_name(f"{prefix.name}_evaluation.json")
     if write_results(report_path, report):
         files.append(report_path)
-    print("\nwrote " + ", ".join(str(file) for file in files))
+    cli.say_written(files)
     return report
 
 
@@ -224,20 +219,21 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
     whole, rows = measures(together), compare(members, together)
     del whole["calibration"]
     report = {"ensemble": whole, "members": rows, "provenance": provenance()}
-    lines = [
-        "| | test accuracy | loss | calibration error | the ensemble's gain, points (95 %, BCa) |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in (*rows, {"name": "ensemble", **whole}):
-        gain = ""
-        if "bca" in row:
-            gain = f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})"
-        error = row["expected_calibration_error"]
-        lines.append(f"| {row['name']} | {row['accuracy']:.2%} | {row['loss']:.4f} | {error:.2%} | {gain} |")
-    print("\n" + "\n".join(lines))
-    draw_ensemble(report, prefix.with_name(f"{prefix.name}.png"), title)
-    written = write_results(prefix.with_name(f"{prefix.name}.json"), report)
-    print(f"\nwrote {prefix}.png" + (f", {prefix}.json" if written else ""))
+    shown = (*rows, {"name": "ensemble", **whole})
+    gains = [f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})" for row in rows]
+    columns = {
+        "": [shorten(row["name"], 24) for row in shown],
+        "accuracy": [f"{row['accuracy']:.2%}" for row in shown],
+        "loss": [f"{row['loss']:.4f}" for row in shown],
+        "calibration": [f"{row['expected_calibration_error']:.2%}" for row in shown],
+        "gain": [*gains, ""],
+    }
+    print("\n" + plain_table(columns, left=[""]))
+    print("\ncalibration: the expected calibration error")
+    print("gain: the ensemble's accuracy minus this one's, in points (95 % interval, BCa)\n")
+    files = [prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "json")]
+    draw_ensemble(report, files[0], title)
+    cli.say_written(files if write_results(files[1], report) else files[:1])
     return report
 
 
@@ -295,13 +291,13 @@ def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: list[s
     return rows
 
 
-def markdown_table(rows: list[dict]) -> str:
-    lines = ["| class | precision | recall | F1 | images |", "|---|---:|---:|---:|---:|"]
-    for row in rows:
-        values = (row[name] for name in ("precision", "recall", "f1"))
-        percentages = " | ".join("" if value is None else f"{value:.1%}" for value in values)
-        lines.append(f"| {row['class']} | {percentages} | {row['images']:,} |")
-    return "\n".join(lines)
+def table_of_classes(rows: list[dict]) -> str:
+    """For the terminal."""
+    columns = {"class": [shorten(row["class"], 40) for row in rows]}
+    for name in ("precision", "recall", "f1"):
+        columns[name.replace("f1", "F1")] = ["" if row[name] is None else f"{row[name]:.1%}" for row in rows]
+    columns["images"] = [f"{row['images']:,}" for row in rows]
+    return plain_table(columns, left=["class"])
 
 
 if __name__ == "__main__":

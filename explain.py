@@ -22,10 +22,10 @@ import utils
 from network import VisionTransformer
 from runner import choose_device
 from support import cli
-from support.files import home
+from support.files import figures_folder
 from support.model import Model
 from training.heatmaps import eval_mode, mean_of_patches, methods, patch_grid
-from training.trained import load_model, test_loader
+from training.trained import data_title, load_model, test_loader
 
 
 @dataclass
@@ -58,7 +58,7 @@ def explain(checkpoint: str, config: Config) -> None:
     """Draw everything about one model, and say which files it is in."""
     model = load_model(checkpoint, choose_device(config.device), config.model)
     images, labels = choose_images(model, max(500, config.rows), config.seed, config.data_dir)
-    title = f"{model.title} on {model.metadata['dataset']}"
+    title = f"{model.title} on {data_title(model.metadata)}"
     written = [picture_path(config.output_dir, checkpoint, "explanations")]
     draw_explanations(model, images, labels, written[0], config.rows)
     if isinstance(model, VisionTransformer):
@@ -67,12 +67,12 @@ def explain(checkpoint: str, config: Config) -> None:
         draw_positions(model, written[2], title)
     else:
         print(f"no pictures of attention: {model.title} does not give its attention weights")
-    print("wrote " + ", ".join(str(path) for path in written))
+    cli.say_written(written)
 
 
 def picture_path(folder: str | None, checkpoint: str, what: str) -> Path:
     """Where a picture of a model goes: `<name>_<what>.png`, by default in the project's figures/."""
-    return Path(folder or home() / "figures") / f"{Path(checkpoint).stem}_{what}.png"
+    return figures_folder(folder) / f"{Path(checkpoint).stem}_{what}.png"
 
 
 def choose_images(model: Model, count: int, seed: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +146,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
             columns[name] = mean_of_patches(heat, size, side), size
 
     tile, row_height = 128, 156
-    title = f"{model.title} on {metadata['dataset']}: what does it look at?"
+    title = f"{model.title} on {data_title(metadata)}: what does it look at?"
     note = "prediction and its probability: green where right, orange where wrong; brightness is relative to each map"
     width, height = max(740, 20 + (1 + len(columns)) * (tile + 8)), 84 + len(chosen) * row_height + 4
     figure = utils.new_figure(width, height, title, note)

@@ -40,8 +40,8 @@ from images.loader import ImageLoader, Split
 from network import Model
 from setup_cifar import CIFAR, DATASETS, data_folder
 from support import cli
-from support.files import find_file, home, write_bytes
-from support.report import provenance, write_results
+from support.files import figures_folder, find_file, first_line, write_bytes
+from support.report import plain_table, provenance, write_results
 from training.trained import SHEET, load_model, predict, read_sheet, test_loader
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -145,20 +145,20 @@ def export(model: Model, loader: ImageLoader, config: Config, stand_in: str | No
     written = {onnx_path: onnx_bytes, program_path: program_bytes}
     if report["8_bits_kept"]:
         written[small_path] = small_bytes
-    print(f"\n{markdown_table(report)}\n")
+    print(f"\n{as_table(rows)}\n")
     if lost is None:
-        print("what 8 bits cost in test accuracy is not known without the test images: not kept")
+        print("8 bits: not kept, as without the test images nobody knows what they cost")
     else:
-        what = f"8 bits change test accuracy by {-100 * lost:+.2f} percentage points"
-        print(f"{what}, {-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
+        print(f"8 bits change test accuracy by {-100 * lost:+.2f} percentage points;")
+        print(f"{-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
     for path, contents in written.items():
         write_bytes(path, contents)
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
-    report_path = Path(config.figures_dir or home() / "figures") / f"{name}_export.json"
+    report_path = figures_folder(config.figures_dir) / f"{name}_export.json"
     timings = tuple(f"milliseconds_batch_{size}" for size in BATCH_SIZES)
     stored = [report_path] if write_results(report_path, report, timings) else []
-    print("wrote " + ", ".join(map(str, [*written, *stored])))
+    cli.say_written([*written, *stored])
     return report
 
 
@@ -174,7 +174,8 @@ def images_to_check(model: Model, data_dir: str | None) -> tuple[ImageLoader, st
         generator = torch.Generator().manual_seed(0)
         shape = (200, 3, model.image_size, model.image_size)
         images, what = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), "200 images of noise"
-    print(f"{metadata['dataset']} is not on this machine: answers are compared on {what}, and no accuracy is measured")
+    print(f"{metadata['dataset']} is not on this machine: no accuracy is measured,")
+    print(f"and answers are compared on {what}")
     labels = torch.zeros(len(images), dtype=torch.long)
     return ImageLoader(Split(images, labels), 500, metadata["mean"], metadata["std"], "cpu"), what
 
@@ -296,10 +297,6 @@ def quantise(onnx_bytes: bytes) -> bytes:
         logger.setLevel(level)
 
 
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
 # ---------------------------------------------------------------------------------------------- reading it back, checks
 
 
@@ -364,27 +361,27 @@ def latency(predictors: dict[str, Predictor], images: torch.Tensor, repeats: int
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def markdown_table(report: dict) -> str:
-    """A row for each predictor; what was not measured stays empty."""
-    columns = {  # heading -> the text of a row's cell
-        "file, kB": lambda row: f"{row['bytes'] / 1000:,.0f}",
-        "largest difference of logits": lambda row: f"{row['largest_difference']:.1g}",
-        "same top-1": lambda row: f"{row['same_top_1']:,} of {row['images_compared']:,}",
-        "test accuracy": lambda row: f"{row['accuracy']:.2%}",
+def as_table(rows: dict[str, dict]) -> str:
+    """A column for each predictor; what was not measured stays empty."""
+    lines = {
+        "file, kB": "{kilobytes:,.0f}",
+        "difference of logits": "{largest_difference:.1g}",
+        "same top-1": "{same_top_1:,} of {images_compared:,}",
+        "test accuracy": "{accuracy:.2%}",
+        **{f"batch {size}, ms": f"{{milliseconds_batch_{size}:.2f}}" for size in BATCH_SIZES},
     }
-    for batch_size in BATCH_SIZES:
-        key = f"milliseconds_batch_{batch_size}"
-        columns[f"batch {batch_size}, ms"] = lambda row, key=key: f"{row[key]:.2f}"
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for who, row in report["rows"].items():
-        cells = []
-        for cell in columns.values():
+    columns = {"": list(lines)}
+    for who, row in rows.items():
+        known = {**row, "kilobytes": row["bytes"] / 1000}
+        if who == "PyTorch":  # what the others are compared with
+            del known["largest_difference"], known["same_top_1"]
+        cells = columns[who.replace("ONNX Runtime", "ONNX")] = []
+        for text in lines.values():
             try:
-                cells.append(cell(row))
+                cells.append(text.format(**known))
             except KeyError:
                 cells.append("")
-        lines.append(f"| {who} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return plain_table(columns, left=[""])
 
 
 def require_packages() -> None:

@@ -1,12 +1,12 @@
 """Classify your own images with a saved model.
 
-    python predict.py photo.jpg                       # by saved/VisionTransformer.pt
+    python predict.py photo.jpg                       # one of your own, by saved/VisionTransformer.pt
     python predict.py a.png b.webp --checkpoint saved/CNN.pt
     python predict.py photos/                         # every picture in a folder, and in the folders in it
 
 Prints the five likeliest classes of each and saves figures/<model>_prediction_<name>.png, for a ViT with its attention;
 <model> is the model file's name, <name> the picture's. A file that cannot be read, or whose picture cannot be written,
-gets one line on stderr, the others are still done, and the exit code is 1.
+gets one line on stderr, the others are still done, and the exit code is 2.
 """
 
 import sys
@@ -26,7 +26,7 @@ from images.reading import ImageError, central_square, read_image, to_array
 from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
-from support.files import home
+from support.files import figures_folder
 from training.heatmaps import patch_grid, relevance
 from training.trained import load_model
 
@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
         model = load_model(config.checkpoint, choose_device(config.device), config.model)
         if not isinstance(model, VisionTransformer):
             print(f"no pictures of attention: {model.title} does not give its attention weights")
-        folder, stem = Path(config.output_dir or home() / "figures"), Path(config.checkpoint).stem
+        folder, stem = figures_folder(config.output_dir), Path(config.checkpoint).stem
         failed = False
         taken = set()
         names = find_images(config.images)
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
                 lines.append(f"  {100 * probability:5.1f} %  {model.metadata['classes'][index]}")
             tqdm.write("\n".join(lines), file=sys.stdout)
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(2)
 
 
 def find_images(names: Iterable[str]) -> list[str]:

@@ -31,7 +31,7 @@ from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
 from images.sheets import draw_augmentations, draw_samples
 from support import cli, distributed
-from support.files import home
+from support.files import figures_folder, home
 
 
 @dataclass(frozen=True)
@@ -288,14 +288,12 @@ def main(args: list[str] | None = None) -> None:
             counts = torch.bincount(getattr(data, name).labels, minlength=len(data.classes)).tolist()
             print(f"  {name:5s} {sum(counts):6,d} images;  per class: {min(counts):,d} to {max(counts):,d}")
         print(f"  mean {[round(x, 4) for x in data.mean]}  standard deviation {[round(x, 4) for x in data.std]}")
-        sheet = Path(config.figures_dir or home() / "figures") / f"samples_{data.name}.png"
+        folder = figures_folder(config.figures_dir)
+        sheet = folder / f"samples_{data.name}.png"
         draw_samples(data.train.images, data.train.labels, data.classes, sheet)
         print(f"  sample sheet: {sheet}")
         if config.augmentations:
-            sheet = (
-                Path(config.figures_dir or home() / "figures")
-                / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
-            )
+            sheet = folder / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
             one_of_each = [(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))]
             first = torch.stack(one_of_each[:9])
             images, labels = data.train.images[first], data.train.labels[first]

@@ -38,10 +38,11 @@ POINTS = 120  # of a training curve that are drawn, each the mean of as many ste
 def draw_curves(metrics: dict[str, list], path: str | Path, title: str) -> Figure:
     """Save loss and accuracy by optimiser step as a PNG, 1800x760 pixels to be shown at half size.
 
+    The axis of the loss ends above its curves, but for a few points far above all others.
     The best validation accuracy is ringed and its value given. `metrics` is what `draw_progress` takes.
     """
     figure = new_figure(900, 380, title)
-    _, accuracy_axes = _draw_loss_and_accuracy(figure, metrics, top=74, height=252, size=10)
+    _, accuracy_axes = _draw_loss_and_accuracy(figure, metrics, highest_loss(metrics), top=74, height=252, size=10)
     if metrics["val_accuracy"]:
         best, step = max(zip(metrics["val_accuracy"], metrics["val_step"], strict=True), key=lambda pair: pair[0])
         accuracy_axes.plot(step, 100 * best, "o", markersize=11, color=VERMILLION, fillstyle="none", clip_on=False)
@@ -76,7 +77,9 @@ def draw_progress(
     """
     figure = new_figure(900, 420, dpi=100)
     add_text(figure, 14, 20, title, size=11, weight="bold")
-    _draw_loss_and_accuracy(figure, metrics, top=52, height=134, size=8, total_steps=total_steps)
+    first_losses = [loss for loss in metrics["train_loss"][:1] + metrics["val_loss"][:1] if math.isfinite(loss)]
+    limit = max([2.4, *first_losses])
+    _draw_loss_and_accuracy(figure, metrics, limit, top=52, height=134, size=8, total_steps=total_steps)
     caption = "Six images: the right class in green, and the three classes with the highest probability"
     add_text(figure, 14, 240, caption, size=8.5)
     count = min(6, len(images))
@@ -125,14 +128,29 @@ def draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label:
     axes.axis("off")
 
 
+def highest_loss(metrics: dict[str, list]) -> float:
+    """Where an axis for the drawn losses ends. A few that are more than twice as high as the others are cut off."""
+    curves = [smooth(metrics[f"{split}_step"], metrics[f"{split}_loss"])[1] for split in ("train", "val")]
+    curves = [curve[np.isfinite(curve)] for curve in curves if np.isfinite(curve).any()]
+    if not curves:
+        return 2.4
+    usual = max(np.percentile(curve, 95) for curve in curves)
+    return 1.05 * min(2 * usual, max(curve.max() for curve in curves)) or 1.0
+
+
 def _draw_loss_and_accuracy(
-    figure: Figure, metrics: dict[str, list], top: int, height: int, size: int, total_steps: int | None = None
+    figure: Figure,
+    metrics: dict[str, list],
+    loss_limit: float,
+    top: int,
+    height: int,
+    size: int,
+    total_steps: int | None = None,
 ) -> tuple[Axes, Axes]:
-    """Two panels side by side across a figure of 900 pixels, with fixed y axes."""
-    first_losses = [loss for loss in metrics["train_loss"][:1] + metrics["val_loss"][:1] if math.isfinite(loss)]
+    """Two panels side by side across a figure of 900 pixels."""
     last_step = total_steps or max([*metrics["train_step"], *metrics["val_step"], 1])
     panels = []
-    for name, left, factor, limit in (("loss", 50, 1, max([2.4, *first_losses])), ("accuracy", 506, 100, 100)):
+    for name, left, factor, limit in (("loss", 50, 1, loss_limit), ("accuracy", 506, 100, 100)):
         axes = add_axes(figure, left, top, 376, height)
         for split, label, color, marker in (("train", "train", BLUE, ""), ("val", "validation", VERMILLION, "o")):
             steps, values = smooth(metrics[f"{split}_step"], metrics[f"{split}_{name}"])

@@ -39,7 +39,7 @@ from runner import Runner
 from studies.peers import ReferenceViT, time_run, train_cct_2
 from studies.runs import markdown
 from support import cli, schema
-from support.files import home
+from support.files import figures_folder
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import count_flops
@@ -66,7 +66,7 @@ class Config:
 
     @property
     def figures(self) -> Path:
-        return Path(self.output_dir or home() / "figures")
+        return figures_folder(self.output_dir)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -124,7 +124,7 @@ def partial_path(config: Config, name: str) -> Path:
 def store(config: Config, name: str, results: dict) -> None:
     path = config.figures / f"{name}.json"
     write_json(path, {**results, "provenance": provenance()})
-    print(f"wrote {path}")
+    cli.say_written([path])
 
 
 def print_table(rows: list[dict], columns: str) -> None:

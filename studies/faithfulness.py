@@ -22,7 +22,7 @@ from runner import choose_device
 from support import cli
 from support.report import provenance, write_results
 from training.heatmaps import patch_grid, patch_scores
-from training.trained import load_model
+from training.trained import data_title, load_model
 
 
 @dataclass
@@ -54,8 +54,8 @@ def main(args: list[str] | None = None) -> None:
         picture = picture_path(config.output_dir, config.checkpoint, "faithfulness")
         report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
         written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance()})
-        draw(report, picture, f"{model.title} on {dataset}")
-        print(f"wrote {picture}" + (" and .json beside it" if written else ""))
+        draw(report, picture, f"{model.title} on {data_title(model.metadata)}")
+        cli.say_written([picture, picture.with_suffix(".json")] if written else [picture])
 
 
 def measure(

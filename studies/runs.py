@@ -215,6 +215,6 @@ def write_study(
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in local}
     if not write_results(paths[1], {"config": settings, **results, "provenance": provenance()}):
         paths.pop()
-    print("wrote " + ", ".join(map(str, [*paths, *pictures])))
+    cli.say_written([*paths, *pictures])
     if failed:
         cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)

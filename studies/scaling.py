@@ -28,7 +28,7 @@ from network import VisionTransformer
 from runner import Runner
 from studies.benchmark import GROWTH, cost_in_a_process, our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed, schema
-from support.files import home
+from support.files import figures_folder
 from support.model import num_parameters
 from support.report import provenance, read_json, write_json
 from training.models import count_flops
@@ -64,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         check(config)
-        path = Path(config.output_dir or home() / "figures") / "scaling.json"
+        path = figures_folder(config.output_dir) / "scaling.json"
         stored = path.exists()  # what is not measured now stays
         results = read_json(path, schema.SCALING, "; delete it and measure again") if stored else {"provenance": {}}
         measures = {"throughput": compare_throughput, "memory": compare_memory, "plan": plan}

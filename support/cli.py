@@ -2,7 +2,8 @@
 
 A script has a dataclass `Config` and a `main(args=None)` that begins with `config = cli.parse(Config, args)`. Each
 field is a flag, its comment is the flag's help, a comment after an empty line is the title of a group of flags. Fields
-without a default are given without a flag: `python predict.py photo.jpg`.
+without a default are given without a flag: `python predict.py photo.jpg`. The commands in the script's docstring are
+the usage that `--help` shows.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from support import distributed
-from support.files import ROOT
+from support.files import ROOT, short
 
 T = TypeVar("T")
 own_files: set[str] = set()  # of a person's own code, whose errors keep their traceback
@@ -137,8 +138,9 @@ def _values(parser: argparse.ArgumentParser, flags: list[str]) -> dict[str, Any]
 
 def _build_parser(config_class: type) -> _Parser:
     description = inspect.cleandoc(config_class.__doc__)
-    positional = [field.name for field in dataclasses.fields(config_class) if _is_required(field)]
-    usage = " ".join(["python", *_program, *positional, "[flags]"])
+    page = sys.modules[config_class.__module__].__doc__ or ""
+    examples = [line.partition("#")[0].rstrip() for line in page.splitlines() if re.match(" +(python|torchrun) ", line)]
+    usage = "\n".join(["", *examples]).replace("%", "%%") or None
     parser = _Parser(usage=usage, description=description, allow_abbrev=False)
     groups = {"options": parser}
     hints, fields = get_type_hints(config_class), {field.name: field for field in dataclasses.fields(config_class)}
@@ -219,6 +221,11 @@ def one_line_errors() -> Iterator[None]:
         if own_files.intersection(frame.filename for frame in traceback.extract_tb(error.__traceback__)):
             raise
         fail(str(error))
+
+
+def say_written(paths: Iterable[str | Path]) -> None:
+    """A line for each file, by its shorter name."""
+    print("wrote", *map(short, paths), sep="\n  ")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -18,12 +18,22 @@ from support import schema
 ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 
+def short(path: str | Path) -> Path:
+    """The path from the working directory where that is shorter."""
+    try:
+        return Path(min(os.path.relpath(path), str(path), key=len))
+    except ValueError:  # another drive of Windows
+        return Path(path)
+
+
 def home() -> Path:
     """The project's folder, as it is called from the working directory: `.` where one works in it."""
-    try:
-        return Path(min(os.path.relpath(ROOT), str(ROOT), key=len))
-    except ValueError:  # another drive of Windows
-        return ROOT
+    return short(ROOT)
+
+
+def figures_folder(given: str | Path | None) -> Path:
+    """The folder that is given, else the project's figures/."""
+    return Path(given or home() / "figures")
 
 
 def find_file(path: str | Path) -> Path:
@@ -35,6 +45,12 @@ def find_file(path: str | Path) -> Path:
 
 class CheckpointError(ValueError):
     """A file that cannot be used, with the reason in one line."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, at most 200 characters; where PyTorch puts a heading above it, the line below that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[len(lines) > 1 and lines[0].endswith(":")][:200]
 
 
 def write_file(path: str | Path, contents: dict) -> None:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from support import schema
-from support.files import CheckpointError, read_file, write_file
+from support.files import CheckpointError, first_line, read_file, write_file
 
 
 class Model(nn.Module):
@@ -104,7 +104,7 @@ class Model(nn.Module):
             with no_larger_than(contents["weights"]):
                 model = known[name](**contents["config"])
         except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-            raise CheckpointError(f"{path} does not fit {name}: {first_reason(error)}") from None
+            raise CheckpointError(f"{path} does not fit {name}: {first_line(error)}") from None
         return model.fill(contents, path).to(device)
 
     def fill(self, contents: dict, path: str | Path) -> "Model":
@@ -144,11 +144,6 @@ def no_larger_than(weights: dict[str, torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def first_reason(error: Exception) -> str:
-    """The first line that says what is wrong; where PyTorch puts a heading above it, the line below that."""
-    return str(error).partition(":\n")[2].strip().partition("\n")[0] or str(error).partition("\n")[0]
 
 
 def read_model(path: str | Path) -> dict:

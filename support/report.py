@@ -1,4 +1,4 @@
-"""Reports: what was found and how it came about, as JSON with a checksum."""
+"""Reports: what was found and how it came about, as JSON with a checksum, and as a table for the terminal."""
 
 import contextlib
 import datetime
@@ -9,13 +9,14 @@ import os
 import platform
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from support import cli, distributed, schema
-from support.files import CheckpointError, write_bytes
+from support.files import CheckpointError, short, write_bytes
 
 
 def write_json(path: str | Path, contents: dict) -> None:
@@ -42,7 +43,7 @@ def write_results(path: str | Path, contents: dict, varying: tuple[str, ...] = (
     contents = json.loads(json.dumps(_rounded(_finite(contents))))
     with contextlib.suppress(CheckpointError):  # none, or a damaged one
         if same_results(read_json(path), contents, ("provenance", *varying)):
-            print(f"{path} has these results already: left as it is")
+            print(f"the same results as before, left as they are:\n  {short(path)}")
             return False
     write_json(path, contents)
     return True
@@ -114,6 +115,22 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain_table(columns: dict[str, list[str]], left: Collection[str]) -> str:
+    """Cells by heading as aligned columns for the terminal; those in `left` begin at their left, others end at their
+    right."""
+    aligned = []
+    for heading, cells in columns.items():
+        width = max(map(len, [heading, *cells]))
+        aligned.append([cell.ljust(width) if heading in left else cell.rjust(width) for cell in [heading, *cells]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def shorten(text: str, length: int) -> str:
+    """With its middle left out: names often begin alike, and end alike."""
+    end = (length - 3) // 2
+    return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
 
 
 def provenance() -> dict:

@@ -87,6 +87,21 @@ def test_every_flag_that_is_printed_exists(page):
         cli.parse(module.Config, [arg for arg in args if arg != "--help"], *layers, remember=False)
 
 
+@pytest.mark.parametrize(
+    ("script", "typed"),
+    [
+        ("evaluate", "python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble"),
+        ("train", "torchrun --nproc_per_node=2 train.py"),
+        ("studies.ablation", "python -m studies.ablation --jobs 2"),
+    ],
+)
+def test_help_begins_with_commands_as_they_are_typed(script, typed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(["--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert stop.value.code == 0 and f"\n    {typed}" in usage and "[flags]" not in usage and "#" not in usage
+
+
 def test_other_commands_are_those_of_this_project():
     for line in [line for page in PAGES for line in lines_of_shell(page)]:
         words = shlex.split(line, comments=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import sklearn.metrics
@@ -86,7 +87,9 @@ def test_precision_and_recall_from_the_confusion_matrix(predictions):
         assert row["precision"] == pytest.approx(precision.item()) and row["recall"] == pytest.approx(recall.item())
         assert row["f1"] == pytest.approx((2 * precision * recall / (precision + recall)).item())
     assert rows[4]["precision"] == rows[4]["recall"] == 0  # never predicted
-    assert evaluate.markdown_table(rows).splitlines()[6].startswith("| e | 0.0% | 0.0% | 0.0% |")
+    table = evaluate.table_of_classes(rows).splitlines()
+    assert table[0].split() == ["class", "precision", "recall", "F1", "images"] and len(set(map(len, table))) == 1
+    assert table[5].split() == ["e", "0.0%", "0.0%", "0.0%", str(rows[4]["images"])]
 
 
 def test_mistakes_are_the_most_confident_first(tmp_path):
@@ -151,6 +154,40 @@ def test_script(tmp_path, digits, run):
         assert report["accuracy"] == pytest.approx(accuracy) and report["loss"] == pytest.approx(loss, rel=1e-4)
         assert report["images"] == 360 and report["dataset"] == "digits" and "torch" in report["provenance"]
         assert sum(map(sum, report["confusion_matrix"])) == 360
+
+
+def test_what_is_printed_fits_80_columns(tmp_path, digits, run, monkeypatch):
+    """But for what a person named themselves: a class, a file."""
+    monkeypatch.chdir(tmp_path)
+    paths = save_models(tmp_path, digits)
+    (tmp_path / "VisionTransformer_with_a_long_name.pt").write_bytes(Path(paths[0]).read_bytes())
+    names = ["VisionTransformer_with_a_long_name.pt", "FeedForward.pt"]
+    code, out, _ = run(*names, "--ensemble", "--output_dir", tmp_path / "figures")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80 and "|" not in out
+    for what in ("confusion", "calibration", "mistakes"):
+        assert f"\n  figures/FeedForward_{what}.png\n" in out.replace(os.sep, "/")
+    again = run(*names, "--ensemble", "--output_dir", tmp_path / "figures")[1]
+    assert "left as they are" in again and max(map(len, again.splitlines())) <= 80
+
+
+def test_a_model_of_a_few_classes_says_which(tmp_path, digits, run, monkeypatch):
+    titles = []
+    for what in ("confusion", "calibration", "mistakes"):
+        draw = getattr(evaluate, f"draw_{what}")
+        monkeypatch.setattr(evaluate, f"draw_{what}", lambda *args, draw=draw: titles.append(draw(*args).texts[0]))
+    CNN(output_size=2).save(tmp_path / "two.pt", **digits.select(["1", "7"]).metadata)
+    code, out, _ = run(tmp_path / "two.pt", "--output_dir", tmp_path)
+    assert code == 0 and "test images of digits, 1, 7\n" in out
+    assert all(title.get_text().startswith("CNN on digits, 1, 7: ") for title in titles) and len(titles) == 3
+    assert json.loads((tmp_path / "two_evaluation.json").read_text(encoding="utf-8"))["dataset"] == "digits"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 20])
+def test_a_confusion_matrix_is_large_enough_to_be_read(tmp_path, classes):
+    figure = draw_confusion(
+        torch.eye(classes).int().tolist(), [f"class {i}" for i in range(classes)], tmp_path / "confusion.png", ""
+    )
+    assert figure.axes[0].get_position().width * 100 * figure.get_size_inches()[0] >= 250
 
 
 def test_errors_are_one_line(tmp_path, digits, run):
@@ -220,7 +257,9 @@ def test_ensemble_from_the_command_line(tmp_path, digits, capsys):
     assert [row["name"] for row in report["members"]] == ["CNN", "FeedForward"]
     evaluation = json.loads((tmp_path / "ensemble_digits_evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["accuracy"] == report["ensemble"]["accuracy"]
-    assert f"| ensemble | {evaluation['accuracy']:.2%} |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["ensemble", f"{evaluation['accuracy']:.2%}"] in [line[:2] for line in lines] and "|" not in out
     for name in ("ensemble_digits.png", "ensemble_digits_calibration.png"):
         assert Image.open(tmp_path / name).width > 500
 

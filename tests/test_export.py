@@ -98,7 +98,12 @@ def test_script(tmp_path, digits, run):
     model = small_vit().eval()
     path = save(model, tmp_path / "a.pt", digits)
     code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--repeats", 2, "--images", 100)
-    assert code == 0 and "| ONNX Runtime | " in out and "100 of 100" in out
+    lines = out.splitlines()
+    (heading,) = [line for line in lines if line.split()[:2] == ["PyTorch", "ONNX"]]
+    assert code == 0 and "100 of 100" in out and len(heading) <= 80 and "|" not in out
+    table = lines[lines.index(heading) :][:7]
+    assert [line[:20].strip() for line in table[1:4]] == ["file, kB", "difference of logits", "same top-1"]
+    assert len(table[5].split("batch 1, ms")[1].split()) == 4  # as many as there are predictors
 
     report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
     accuracy = (expected_logits(model, digits.test.images).argmax(dim=1) == digits.test.labels).double().mean().item()

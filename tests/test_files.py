@@ -22,7 +22,7 @@ from setup_cifar import load_data
 from studies import runs
 from studies.compare import read_answers
 from support import report, schema
-from support.files import CheckpointError, read_file, write_file
+from support.files import CheckpointError, figures_folder, first_line, read_file, short, write_file
 from support.report import read_json, write_json
 from support.significance import paired_bootstrap
 from training.checkpoints import restore_runner, runner_state
@@ -471,7 +471,7 @@ def test_the_same_results_leave_a_file_untouched(tmp_path, capsys):
     assert read_json(path)["rows"][0]["loss"] == 0.333333
     again = {"accuracy": 0.82690004, "rows": [{"loss": 1 / 3 + 1e-8, "ms": 9.0}], "n": 10}
     assert not report.write_results(path, {**again, "provenance": {"date": "2030-01-01"}}, ("ms",))
-    assert path.read_bytes() == first and "left as it is" in capsys.readouterr().out
+    assert path.read_bytes() == first and "left as they are" in capsys.readouterr().out
     others = [{**figures, "accuracy": 0.8270}, {**figures, "n": 11}, {**figures, "rows": []}, {**figures, "more": 1}]
     for other in others:
         assert report.write_results(path, {**other, "provenance": {"date": "2030-01-01"}}, ("ms",)), other
@@ -540,3 +540,30 @@ def test_init_from_a_model_trained_on_what_is_validation_here_is_refused(tmp_pat
     assert code == 2 and "validation images, which would make accuracies too high" in line, line
     seen = read_file(tmp_path / "same" / "saved" / f"{MODEL}.pt")["metadata"]["seen"]
     assert seen["digits"]["train"].startswith("mask ")
+
+
+def test_paths_are_said_from_the_working_directory_where_that_is_shorter(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert short(tmp_path / "a" / "x.png") == Path("a/x.png") and short("a/x.png") == Path("a/x.png")
+    assert short("/") == Path("/")
+    monkeypatch.chdir(tmp_path / "a")
+    assert short(tmp_path / "x.png") == Path("../x.png")
+    assert figures_folder("here") == Path("here")
+    monkeypatch.chdir(ROOT)
+    assert figures_folder(None) == Path("figures")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("one\ntwo", "one"),
+        ("\n  one  \ntwo", "one"),
+        ("Error(s) in loading:\n\tMissing key(s).\n\tmore", "Missing key(s)."),
+        ("nothing below:", "nothing below:"),
+        ("", "ValueError"),
+        (500 * "x", 200 * "x"),
+    ],
+)
+def test_the_first_line_of_an_error_says_what_is_wrong(text, line):
+    assert first_line(ValueError(text)) == line

@@ -116,7 +116,7 @@ def test_pictures_on_a_full_disk_are_one_line(disk, model, script):
     args = [*asked.get(script, ["--checkpoint", model]), "--device", "cpu", "--output_dir", disk / "figures"]
     leave(disk, 8)
     code, errors = outcome(script, *args)
-    assert code == (1 if script == "predict.py" else 2) and is_one_line(errors), errors
+    assert code == 2 and is_one_line(errors), errors
     assert check_files(disk) == {"red.png"}
 
 

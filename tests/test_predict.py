@@ -223,7 +223,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out(size):
 
 
 def test_script_does_the_others(tmp_path, model, run, digits):
-    """Good and bad files mixed: probabilities of the one, a line on stderr for each of the others, exit code 1."""
+    """Good and bad files mixed: probabilities of the one, a line on stderr for each of the others, exit code 2."""
     model.save(tmp_path / "model.pt", **model.metadata)
     names = ["text.png", "rgba.png", "bomb.png", "exif.png", "truncated.jpg"]
     for name in names:
@@ -231,7 +231,7 @@ def test_script_does_the_others(tmp_path, model, run, digits):
     (tmp_path / "empty").mkdir()
     files = [tmp_path / name for name in names] + [tmp_path / "nowhere.png", tmp_path / "empty"]
     code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
-    assert code == 1
+    assert code == 2
     bad = ["text.png", "bomb.png", "truncated.jpg", "nowhere.png"]
     assert len(err) == 5 and all(name in line for name, line in zip(bad, err, strict=False))
     assert "No such file" in err[3]
@@ -281,7 +281,7 @@ def test_a_picture_that_cannot_be_written_does_not_stop_the_others(tmp_path, mod
         halves().save(tmp_path / name)
     (tmp_path / "out" / "model_prediction_folder.png").mkdir(parents=True)
     code, out, err = run(*(tmp_path / name for name in names), "--checkpoint", tmp_path / "model.pt")
-    assert code == 1 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
+    assert code == 2 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
     assert len(err) == 2 and "cannot write" in err[0] and names[0][:-4] in err[0] and "folder" in err[1]
     assert not any(line.startswith("predict.py: error: [Errno") for line in err)
     assert (tmp_path / "out" / "model_prediction_good.png").is_file()
@@ -294,7 +294,7 @@ def test_a_name_that_is_not_utf_8(tmp_path, model, run):
         (tmp_path / os.fsdecode(name)).write_bytes(b"no picture" if name == b"\xfe.png" else encode(halves(), "PNG"))
     files = [tmp_path / os.fsdecode(name) for name in (b"\xff.png", b"\xfe.png")]
     code, out, err = run(*files, "--checkpoint", tmp_path / "model.pt")
-    assert code == 1 and len(err) == 1 and "\\udcfe.png is not an image" in err[0]
+    assert code == 2 and len(err) == 1 and "\\udcfe.png is not an image" in err[0]
     assert out.startswith(f"{tmp_path}/\\udcff.png (60x40)")
     assert os.listdir(os.fsencode(tmp_path / "out")) == [b"model_prediction_\xff.png"]  # noqa: PTH208
 
@@ -313,7 +313,7 @@ def test_a_folder_stands_for_the_pictures_in_it(tmp_path, model, run):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {f"model_prediction_{name}.png" for name in "bc"}
     (tmp_path / "empty").mkdir()
     code, out, err = run(tmp_path / "empty", "--checkpoint", tmp_path / "model.pt")
-    assert code == 1 and out == "" and len(err) == 1 and "no pictures" in err[0]
+    assert code == 2 and out == "" and len(err) == 1 and "no pictures" in err[0]
 
 
 def test_two_models_write_two_pictures(tmp_path, model, run):

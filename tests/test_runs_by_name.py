@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import time
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ROOT, SMALL, refused, run_main, same_weights, start
 
 import train
@@ -60,6 +62,22 @@ def test_other_data_are_in_the_name_but_not_the_values_that_come_with_them(digit
     assert named(digits, "--dataset", "digits") == "VisionTransformer_digits"
 
 
+def test_the_name_in_the_page_on_data_is_the_one_that_is_given(digits):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    command = re.search(r"^python train.py (--dataset pets .*)$", page, re.MULTILINE)[1]
+    pets = Dataset("pets", digits.classes, digits.train, digits.val, digits.test, flip=True)
+    assert f"`saved/{named(pets, *command.split())}.pt`" in page
+
+
+def test_the_names_in_the_page_on_runs_are_those_that_are_given(digits):
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `python train.py(.*?)` \| `saved/(.*?).pt`", page, re.MULTILINE)
+    data = Dataset("cifar10", ["cat", "dog"], digits.train, digits.val, digits.test, flip=True)
+    for flags, name in table:
+        assert name == (flags.partition("--name ")[2] or named(data, *flags.split()))
+    assert len(table) == 5
+
+
 def test_a_long_name_is_cut_and_still_another_for_another_run(digits):
     flags = "--hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --mlp_ratio 2 --drop_path 0.1 --warmup 0.2"
     flags += " --label_smoothing 0.05 --ema 0.99 --grad_clip 1 --patience 3 --optimizer adamw --schedule linear"
@@ -88,7 +106,8 @@ def test_a_finished_run_with_other_hyperparameters_is_set_aside(tmp_path, capsys
     assert not list((tmp_path / "saved").glob("*_old*"))
     capsys.readouterr()
     run_main("train.py", *flags, "--lr", "0.5")
-    assert "mine_old1" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert "and is now called mine_old1: " in said[2] and max(map(len, said[:2])) <= 80
     run_main("train.py", *flags, "--lr", "0.25")
     saved = {path.name for path in (tmp_path / "saved").iterdir()}
     assert saved == {f"mine{old}.{ending}" for old in ("", "_old1", "_old2") for ending in ("pt", "json", "csv")}
@@ -162,6 +181,22 @@ def test_an_interrupted_run_is_set_aside_and_can_go_on_under_its_new_name(tmp_pa
     run_main("train.py", "--resume", "--name", "mine_old1", "--output_dir", tmp_path)
     report = json.loads((tmp_path / "saved" / "mine_old1.json").read_text(encoding="utf-8"))
     assert report["results"]["epochs"] == 12 and (tmp_path / "figures" / "mine_old1_animation.gif").exists()
+
+
+def test_what_begins_or_ends_where_a_run_goes_on_is_said_by_its_flag(tmp_path, capsys):
+    interrupt(tmp_path, "--epochs", "12", "--gif_frames", "0", "--patience", "50")
+    flags = ["--resume", "--resume_changed", "--name", "mine", "--output_dir", tmp_path]
+    run_main("train.py", *flags, "--patience", "0", "--ema", "0.9")
+    said = capsys.readouterr().out.splitlines()
+    assert "from here on with --ema" in said and "from here on without --patience" in said
+
+
+def test_a_run_that_is_under_way_is_not_said_to_be_resumed(tmp_path, capsys):
+    interrupt(tmp_path, "--epochs", "200", "--gif_frames", "0")
+    with FileLock(tmp_path / "saved" / "mine.lock"), pytest.raises(SystemExit) as stop:
+        run_main("train.py", "--resume", "--name", "mine", "--output_dir", tmp_path)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "another run named mine is under way" in said.err and "resuming" not in said.out
 
 
 def test_resume_without_a_checkpoint_names_those_that_there_are(tmp_path, capfd):
@@ -240,6 +275,7 @@ def test_what_has_no_effect_is_neither_in_the_name_nor_in_the_report(tmp_path):
         ("--augment randaug", "did you mean randaugment"),
         ("--dataset cifar", "did you mean cifar10"),
         ("--preset quik", "did you mean quick"),
+        ("--preset fast", "accurate"),  # none is like it: all are listed
     ],
 )
 def test_what_is_misspelled_gets_a_suggestion(flags, hint, tmp_path, capfd):
@@ -254,7 +290,8 @@ def test_without_validation_all_images_are_trained_on_and_it_is_said(tmp_path, c
     flags = [*TINY, "--output_dir", tmp_path, "--val_fraction", 0, "--gif_frames", 2, "--epochs", 2]
     run_main("train.py", *flags)
     printed = capsys.readouterr().out
-    assert "1,437 images" in printed and "nothing is validated" in printed and "nothing was validated" in printed
+    assert "1,437 images" in printed and "nothing is validated" in printed and "images; no validation)" in printed
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
     (path,) = (tmp_path / "saved").glob("*.json")
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["results"]["val_accuracy"] is None and not report["results"]["validated"]
@@ -272,6 +309,14 @@ def test_a_batch_larger_than_the_training_set_shrinks_with_a_line(tmp_path, caps
     few = ["--label_fraction", 0.05, "--batch_size", 128]  # five or six images of each digit
     run_main("train.py", *TINY, *few, "--output_dir", tmp_path)
     assert "batch_size is 14 here, as there are only 5" in capsys.readouterr().out
+
+
+def test_few_validation_images_are_said_to_say_little(tmp_path, capsys):
+    few = "only 25 validation images, 4 points of accuracy each: they say little"
+    run_main("train.py", *TINY, "--output_dir", tmp_path, "--classes", "1,2", "--val_fraction", "0.1")
+    assert few in capsys.readouterr().out.splitlines()
+    run_main("train.py", *TINY, "--output_dir", tmp_path)  # 287
+    assert "validation images" not in capsys.readouterr().out
 
 
 def test_the_defaults_for_digits_say_so(digits):

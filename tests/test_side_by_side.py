@@ -64,10 +64,42 @@ def test_runs_with_other_seeds_are_averaged(tmp_path, compare):
 
 
 def test_the_same_seed_twice_counts_once_in_a_mean(tmp_path, compare):
-    for name, seed in (("a_0", 0), ("a_1", 1), ("again", 0)):
-        store(tmp_path / f"saved/{name}.json", seed=seed)
-    rows, _ = compare(tmp_path / "saved")
-    assert {name: row["runs"] for name, row in rows.items()} == {"a": "2", "again": "1"}
+    for name, seed in (("a_0", 0), ("a_1", 1), ("again", 0), ("z", 1)):
+        store(tmp_path / f"saved/{name}.json", seed=seed, name=name)
+    rows, printed = compare(tmp_path / "saved")
+    assert {name: row["runs"] for name, row in rows.items()} == {"a": "2"}
+    assert "with the same seed is there already: again, z." in printed.out
+    for name in ("a_1", "z"):
+        (tmp_path / f"saved/{name}.json").unlink()
+    rows, printed = compare(tmp_path / "saved")
+    assert list(rows) == ["a_0"] and "already: again." in printed.out and "±" not in printed.out
+    rows, printed = compare(tmp_path / "saved", "--each")
+    assert list(rows) == ["a_0", "again"] and "already" not in printed.out
+
+
+def test_each_data_set_has_a_table_of_its_own(tmp_path, compare):
+    for name, accuracy, config in (
+        ("a", 0.5, {}),
+        ("b", 0.6, {"lr": 0.1}),
+        ("c", 0.97, {"dataset": "digits"}),
+        ("d", 0.9, {"classes": "cat,dog"}),
+    ):
+        store(tmp_path / f"saved/{name}.json", accuracy, **config)
+    rows, printed = compare(tmp_path / "saved")
+    assert list(rows) == ["b", "a", "d", "c"] and (rows["c"]["dataset"], rows["d"]["classes"]) == ("digits", "cat,dog")
+    parts = re.split(r"^(cifar10|cifar10, cat,dog|digits):\n", printed.out, flags=re.MULTILINE)
+    assert parts[1::2] == ["cifar10", "cifar10, cat,dog", "digits"]
+    for part, names in zip(parts[2::2], ("ba", "d", "c"), strict=True):
+        lines = part.split("\n\n")[0].splitlines()
+        assert lines[0].startswith("name ") and [line.split()[0] for line in lines[1:]] == list(names)
+    assert (
+        "compared" in printed.out
+        and "aria-sort"
+        not in (tmp_path / "figures" / "runs.html")
+        .read_text(encoding="utf-8")
+        .partition("<tbody>")[0]
+        .partition("<thead>")[2]
+    )
 
 
 def test_hyperparameters_that_differ_have_a_column_and_no_others(tmp_path, compare):
@@ -142,8 +174,12 @@ def test_a_run_that_has_not_finished(tmp_path, compare):
 
 def test_every_report_of_the_studies_is_read_and_counted(compare):
     reports = list(STUDIES.glob("*.json"))
-    rows, printed = compare(STUDIES, ROOT / "saved" / "VisionTransformer.json", ROOT / "saved" / "CNN.json")
-    assert sum(int(row["runs"]) for row in rows.values()) == len(reports) + 2 and not printed.err
+    rows, printed = compare(STUDIES, ROOT / "saved" / "VisionTransformer.json", ROOT / "saved" / "CNN.json", width=9999)
+    (again,) = re.findall(r"is there already: (.*)\.", printed.out)
+    names, _, more = again.partition(" and ")
+    left_out = len(names.split(", ")) + int(more.partition(" ")[0] or 0)
+    assert sum(int(row["runs"]) for row in rows.values()) + left_out == len(reports) + 2 and not printed.err
+    assert len(compare(STUDIES, "--each")[0]) == len(reports)
     accuracies = [read_json(STUDIES / f"ablation_conv_seed{i}.json")["results"]["val_accuracy"] for i in range(3)]
     assert float(rows["ablation_conv"]["val_accuracy"]) == pytest.approx(np.mean(accuracies))
 
@@ -152,7 +188,7 @@ def test_the_example_of_the_docs_is_what_is_printed(compare):
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```\n(name .*?)```", page, flags=re.DOTALL)
     _, printed = compare(STUDIES / "ablation_adamw*", width=80)
-    assert block == printed.out.rpartition("wrote ")[0]
+    assert block == printed.out.rpartition("wrote\n")[0]
 
 
 def test_damaged_and_foreign_files_are_left_out_with_a_line_unless_nothing_remains(tmp_path, compare):
@@ -201,13 +237,40 @@ def test_runs_of_the_same_name_in_two_folders_are_told_apart(tmp_path, compare):
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_table_is_as_wide_as_the_terminal_at_most(compare, width):
-    _, printed = compare(STUDIES, "--sort", "test_accuracy", width=width)
-    *lines, _ = printed.out.rpartition("wrote ")[0].split("\n")
-    table = lines[: lines.index("")]
-    assert max(map(len, table)) <= width and {"name", "test_accuracy"} <= set(table[0].split())
-    with_all = compare(STUDIES, width=1000)[1].out.split("\n")[0].split()
-    left_out = set(" ".join(lines).partition("in the files: ")[2].partition(".")[0].split(", "))
-    assert left_out == set(with_all) - set(table[0].split())
+    pattern = STUDIES / "ablation_*"
+    _, printed = compare(pattern, "--sort", "test_accuracy", width=width)
+    out, _, wrote = printed.out.rpartition("wrote\n")
+    assert max(map(len, out.splitlines())) <= width and len(wrote.splitlines()) == 3
+    headings = [line.split() for line in out.splitlines() if line.startswith("name ")]
+    assert len(headings) == 2 and {"name", "test_accuracy"} <= set(headings[0])
+    assert width < 80 or "val_accuracy" in headings[0]
+    with_all = compare(pattern, width=1000)[1].out.split("\n")[0].split()
+    left_out = " ".join(out.split()).partition("in the files: ")[2].partition(". ")[0].split(", ")
+    assert set(left_out) - {""} == set(with_all) - set(sum(headings, []))
+
+
+def test_what_is_the_same_in_all_rows_is_said_once(tmp_path, compare):
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        store(tmp_path / f"saved/{name}.json", 0.3 + lr, lr=lr)
+    _, printed = compare(tmp_path / "saved", width=80)
+    table, same = printed.out.split("\n\n")[:2]
+    assert table.splitlines()[0].split() == ["name", "lr", "val_accuracy", "test_accuracy"]
+    assert " ".join(same.split()).startswith("The same in all rows: model vit, parameters 1,234, epochs 3, best_val")
+    (tmp_path / "saved" / "b.json").unlink()
+    assert "same in all" not in compare(tmp_path / "saved", width=80)[1].out
+
+
+def test_a_run_before_its_first_checkpoint_is_one_line(tmp_path, compare):
+    store(tmp_path / "saved/a.json")
+    for name in ("a.lock", "new_lr0.002.lock", "new_lr0.002.csv"):
+        (tmp_path / "saved" / name).touch()
+    rows, printed = compare(tmp_path / "saved")
+    assert list(rows) == ["a"] and printed.err.count("\n") == 1
+    assert str(tmp_path / "saved" / "new_lr0.002") + " has begun" in printed.err
+    (tmp_path / "saved/a.json").unlink()
+    (tmp_path / "saved/a.lock").unlink()
+    code, error = outcome("evaluate.py", "--output_dir", tmp_path / "none", "--runs", tmp_path / "saved")
+    assert code == 2 and "new_lr0.002 has begun and has no checkpoint yet" in error and error.count("\n") == 0
 
 
 class Page(html.parser.HTMLParser):

@@ -1,12 +1,14 @@
 """--tensorboard, read back by TensorBoard's own reader."""
 
 import copy
+import os
 import sys
 
 import pytest
 from helpers import MODEL, outcome, same_weights, train_small
 from test_runner import Calls, stop_at, vit_runner
 
+from support.files import short
 from training.checkpoints import restore_runner, runner_state
 from training.live import TensorBoard
 
@@ -72,11 +74,14 @@ def test_a_resumed_run_goes_on_in_the_same_curves_without_what_was_lost(tmp_path
     assert_written(tmp_path, *logged(tmp_path, digits, state=state))
 
 
-def test_the_flag_writes_to_runs_and_only_the_flag(tmp_path):
+def test_the_flag_writes_to_runs_and_only_the_flag(tmp_path, capsys):
     train_small(tmp_path / "with", "--tensorboard")
+    folder = str(short(tmp_path / "with" / "runs" / MODEL))
+    assert f"  {folder}" in capsys.readouterr().out.partition("wrote\n")[2].splitlines()
     scalars, _ = read(tmp_path / "with" / "runs" / MODEL)
     assert len(scalars["loss/val"]) == 1
     train_small(tmp_path / "without")
+    assert f"{os.sep}runs{os.sep}" not in capsys.readouterr().out
     assert not (tmp_path / "without" / "runs").exists()
 
 

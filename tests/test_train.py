@@ -349,7 +349,7 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.parse(train.Config, ["--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.partition("\n\n")[2].split())  # below the usage
     for name, default in FIELDS.items():
         explained = re.search(rf" --{name} (.*?)(?= --\w|$)", text).group(1)
         assert len(explained) > 30, f"{name} is not explained"

@@ -198,6 +198,26 @@ def test_curves_mark_the_best_validation_accuracy(tmp_path):
     utils.draw_curves(EMPTY, tmp_path / "empty.png", "Nothing yet")
 
 
+@pytest.mark.parametrize(
+    ("train_loss", "val_loss", "low", "high"),
+    [
+        ([6.0, 5.0, 4.0], [4.5, 4.0], 6.0, 6.6),  # a hundred classes
+        ([0.69, 0.5, 0.3], [0.6, 0.4], 0.69, 0.8),  # two
+        ([1.0] * 30 + [0.1] * 70, np.linspace(1, 6, 20).tolist(), 6.0, 6.6),  # it learns by heart
+        ([2.0] * 60 + [5000.0] + [1.5] * 60, [1.6], 2.0, 5.0),  # one step leaps
+        ([2.0, float("nan"), float("inf")], [], 2.0, 2.2),
+        ([0.0, 0.0], [0.0], 0.1, 2.4),
+    ],
+)
+def test_a_curve_of_the_loss_is_not_cut_off(tmp_path, train_loss, val_loss, low, high):
+    metrics = {"train_loss": train_loss, "val_loss": val_loss}
+    for split in ("train", "val"):
+        length = len(metrics[f"{split}_loss"])
+        metrics |= {f"{split}_accuracy": [0.5] * length, f"{split}_step": list(range(1, length + 1))}
+    figure = utils.draw_curves(metrics, tmp_path / "curves.png", "A title")
+    assert low <= figure.axes[0].get_ylim()[1] <= high
+
+
 # ------------------------------------------------------------------------------------------------------------ samples
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from runner import Runner
 from support import distributed, schema
+from support.files import first_line
 
 
 class Clock:
@@ -305,7 +306,3 @@ class CompiledModel(nn.Module):
                 if not self.runner[0].stop:
                     print(f"--compile does not work for {tuple(images.shape)}, going on without: {first_line(error)}")
         return self.model(images)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -10,10 +10,17 @@ import torch
 from images.loader import Dataset, ImageLoader
 from runner import Runner
 from support import distributed, schema
-from support.files import CheckpointError, read_file, write_file
+from support.files import CheckpointError, first_line, read_file, write_file
 from training.optim import checked_state, set_position
 
 PROGRESS = ("epoch", "batch", "step", "skipped")  # of the Runner's attributes
+# by which a user knows a callback
+FLAGS = {
+    "WeightAverage": "--ema",
+    "EarlyStopping": "--patience",
+    "TensorBoard": "--tensorboard",
+    "Deadline": "--minutes",
+}
 
 
 class Checkpoints:
@@ -95,8 +102,7 @@ class Checkpoints:
         try:
             restore_runner(runner, checkpoint["runner"])
         except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.path} does not fit this model: {reason}") from None
+            raise CheckpointError(f"{self.path} does not fit this model: {first_line(error)}") from None
         sizes = [config["batch_size"] * config.get("grad_accum", 1) for config in (before, now)]
         if sizes[0] != sizes[1]:
             done = runner.batch * sizes[0]  # images of this epoch
@@ -107,10 +113,16 @@ class Checkpoints:
             set_position(runner.scheduler, runner.epoch * len(train_loader) + runner.batch)
         if checkpoint["results"] is not None and not changed:
             return checkpoint["results"]
-        print(f"resuming after epoch {runner.epoch}, step {runner.step}")
-        if differ := checkpoint["runner"]["callbacks"].keys() ^ _stateful(runner).keys():
-            print(f"only on one side, and beginning or ending here: {', '.join(sorted(differ))}")
+        self.resumed = checkpoint["runner"]["callbacks"].keys()
         return None
+
+    def say_resumed(self, runner: Runner) -> None:
+        """Where the run goes on, and what begins or ends there."""
+        print(f"resuming after epoch {runner.epoch}, step {runner.step}")
+        before, now = self.resumed, _stateful(runner).keys()
+        for word, names in (("with", now - before), ("without", before - now)):
+            if names:
+                print(f"from here on {word} {', '.join(sorted(FLAGS.get(name, name) for name in names))}")
 
     def _require_same_images(self, checkpoint: dict) -> None:
         done, validations = checkpoint["runner"]["progress"]["epoch"], len(checkpoint["runner"]["metrics"]["val_step"])

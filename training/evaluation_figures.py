@@ -19,7 +19,7 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     mistakes = percent.clone().fill_diagonal_(0)
     many = len(classes) > 20
-    cell, size = (12, 6.5) if many else (46, 9.5)
+    cell, size = (12, 6.5) if many else (max(46, 260 // len(classes)), 9.5)  # of few classes not a tiny picture
     side, margin = cell * len(classes), 30 + 8 * max(len(name) for name in classes)
     note = "percent of each right class (row), by predicted class (column)"
     figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, f"{title}: what is taken for what", note)
@@ -33,7 +33,7 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
             if row == column:
                 style = {"color": "white", "size": 10.5, "weight": "bold"}
             axes.text(column, row, f"{value:.0f}", ha="center", va="center_baseline", **style)
-    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if max(map(len, classes)) > 6 else {}
+    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if 7 * max(map(len, classes)) > cell else {}
     axes.set_xticks(range(len(classes)), classes, **({"rotation": 90} if many else slant))
     axes.set_yticks(range(len(classes)), classes)
     axes.xaxis.tick_top()

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from images.augment import import_torchvision
 from network import MODELS
 from support import cli, schema
-from support.files import CheckpointError, find_file, require_reasonable_size
-from support.model import Model, first_reason, no_larger_than, read_model
+from support.files import CheckpointError, find_file, first_line, require_reasonable_size
+from support.model import Model, no_larger_than, read_model
 
 
 def find_model(name: str) -> type[nn.Module]:
@@ -68,7 +68,7 @@ def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: in
     try:
         return cls(**arguments)
     except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"a model of these sizes cannot be made: {first_reason(error)}") from None
+        raise ValueError(f"a model of these sizes cannot be made: {first_line(error)}") from None
 
 
 def count_flops(step: Callable[[], Any]) -> int:
@@ -317,7 +317,7 @@ def load_timm_weights(model: TimmModel, path: str | None = None) -> None:
         with from_cache_alone() if silence else contextlib.nullcontext():
             trained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the libraries below have many ways of saying that it did not work
-        reason = silence or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = silence or first_line(error)
         advice = "" if path else ". Without a network, --pretrained_file takes them from a file"
         raise ValueError(f"the weights of {name} are not available from {source}: {reason}{advice}") from None
     head = {id(tensor) for tensor in model.get_classifier().parameters()}

@@ -51,7 +51,7 @@ class Paths:
                 known = longest.get(path.parent, path)
                 longest[path.parent] = max(known, path, key=lambda path: len(os.fsencode(path.name)))
         for path in longest.values():
-            probe = path.with_name(f"{path.name}.tmp")  # as it is called while it is written
+            probe = path.with_name(f"{path.name}.try")  # as long as .tmp, which another run may be writing
             try:
                 write_bytes(probe, b"")
             except OSError as error:

@@ -17,7 +17,7 @@ from images.loader import Dataset, ImageLoader
 from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support import cli, distributed, schema
-from support.files import CheckpointError, home
+from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, EarlyStopping, ProgressBar
@@ -26,6 +26,8 @@ from training.live import Frames, LiveResults, TensorBoard
 from training.options import hyperparameters, name_of, same_hyperparameters
 from training.parallel import OwnNumbers, ParallelRunner
 from training.paths import Paths, release
+
+FEW = 100  # validation images, of which one is a point of accuracy or more
 
 
 class Run:
@@ -89,7 +91,10 @@ class Run:
         size = f"{num_parameters(model):,} parameters, {len(data.train):,} images"
         print(f"{self.title}: {size}, on {self.device}{processes}", flush=True)
         if not len(data.val):
-            print("all training images are trained on: nothing is validated, and nothing can be chosen by it")
+            print("nothing is validated, so nothing can be chosen: all images are trained on")
+        elif len(data.val) < FEW:
+            points = 100 / len(data.val)
+            print(f"only {len(data.val)} validation images, {points:.2g} points of accuracy each: they say little")
 
     def runner(self, model: Model, optimizer: torch.optim.Optimizer, **options) -> Runner:
         """A Runner with clock and progress bar, for as many processes as there are."""
@@ -135,6 +140,8 @@ class Run:
                 self.set_aside()
                 for path in (self.paths.best, self.paths.last):  # of the run before, if any: this one may write none
                     path.unlink(missing_ok=True)
+        if self.config.resume and not results:
+            self.checkpoints.say_resumed(runner)
         self.stop_on_signals(runner)
         return True
 
@@ -188,7 +195,8 @@ class Run:
                 why = "a model whose report is missing or damaged"
         if why:
             name = paths.set_aside()
-            print(f"{why} had the name {paths.name} and is now called {name}: {Paths(paths.root, name).model.parent}")
+            print(f"{why} had the name {paths.name}")
+            print(f"and is now called {name}: {short(Paths(paths.root, name).model.parent)}")
             if why == "an interrupted run":
                 print(f"to go on with it: {shlex.join([*self.launcher(), '--resume', '--name', name])}")
 
@@ -275,12 +283,12 @@ class Run:
         }
         write_json(self.paths.report, report)
         written = [self.paths.model, self.paths.report, self.paths.table, *self.draw_pictures(runner)]
-        print("wrote", *written, sep="\n  ")
+        cli.say_written([*written, self.paths.tensorboard] if config.tensorboard else written)
         self.checkpoints.write(runner, results)
         shutil.rmtree(self.paths.frames, ignore_errors=True)  # only now: a run killed before this needs them again
         if not config.keep_checkpoint:
             self.paths.checkpoint.unlink(missing_ok=True)
-        tested = f"{self.data.name}, {len(self.data.test):,} images" + ("" if validated else "; nothing was validated")
+        tested = f"{self.data.name}, {len(self.data.test):,} images" + ("" if validated else "; no validation")
         print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({tested})")
 
     def draw_pictures(self, runner: Runner) -> list[Path]:

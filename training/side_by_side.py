@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support import cli
 from support.files import write_bytes
+from support.report import plain_table, shorten
 from training.side_by_side_figures import draw_curves, html_page
 from training.stored_runs import MEASURED, StoredRun, read_runs
 
@@ -28,6 +30,13 @@ class Row:
     name: str
     runs: list[StoredRun]
     values: dict[str, Any]  # by column: a text, a number, or (mean, standard deviation)
+    again: list[str]  # names of further runs with the same seeds
+
+    @property
+    def data(self) -> str:
+        """The data set, or the classes of it: what accuracies have to share to be compared."""
+        config = self.runs[0].config
+        return ", ".join(filter(None, [config.get("dataset"), config.get("classes")]))
 
     @property
     def finished(self) -> bool:
@@ -49,19 +58,28 @@ def show(paths: tuple[str, ...], defaults: dict, sort: str, each: bool, folder: 
     runs = read_runs(paths, defaults)
     differing = differences(runs, each)
     sort = sort.replace("-", "_")
-    rows = sort_rows(group(runs, differing, each), sort)
+    rows = sorted(sort_rows(group(runs, differing, each), sort), key=lambda row: row.data)
     columns = [name for name in rows[0].values if any(row.values[name] is not None for row in rows)]
-    if len(rows) == len(runs) and sort != "runs":
+    if all(len(row.runs) == 1 for row in rows) and sort != "runs":
         columns.remove("runs")
     notes = describe(runs, rows)
     texts = [{name: as_text(row, name) for name in columns} for row in rows]
-    print("\n".join([as_table(texts, importance(texts, differing, sort)), *notes]))
+    several = len({row.data for row in rows}) > 1
+    for data in dict.fromkeys(row.data for row in rows):
+        mine = [text for row, text in zip(rows, texts, strict=True) if row.data == data]
+        if several:  # a table for each, in which they are ranked
+            print(f"{data}:")
+            mine = [{name: text[name] for name in columns if name not in ("dataset", "classes")} for text in mine]
+        print(as_table(mine, importance(mine, differing, sort)), end="\n\n")
+    for note in notes:
+        print(textwrap.fill(note, shutil.get_terminal_size().columns))
     files = [folder / f"runs.{ending}" for ending in ("csv", "html", "png")]
     write_bytes(files[0], as_csv(rows).encode())
     draw_curves(rows, [label(row, differing, rows) for row in rows], files[2])
     keys = [{name: plain(row.values[name]) for name in columns} for row in rows]
-    write_bytes(files[1], html_page(texts, keys, sort, ACCURACIES, notes, files[2].read_bytes()).encode())
-    print("wrote " + ", ".join(map(str, files)))
+    sorted_by = "" if several else sort
+    write_bytes(files[1], html_page(texts, keys, sorted_by, ACCURACIES, notes, files[2].read_bytes()).encode())
+    cli.say_written(files)
     return rows
 
 
@@ -79,22 +97,23 @@ def differences(runs: list[StoredRun], each: bool) -> list[str]:
 
 
 def group(runs: list[StoredRun], differing: list[str], each: bool) -> list[Row]:
-    """A row for the runs that differ in the seed alone. A seed counts once in a row: to train it again tells nothing
-    new; and what has not finished has a row of its own."""
-    groups = {}
+    """A row for the runs that differ in the seed alone. A seed counts once: to train it again tells nothing new. What
+    has not finished has a row of its own."""
+    groups, again = {}, {}
     for run in runs:
         key = tuple(comparable(run.config.get(name)) for name in ("model", "epochs", *differing))
         if each or not run.finished:
             key = (run.name,)
-        again = 0
-        while any(run.config["seed"] == other.config["seed"] for other in groups.get((key, again), [])):
-            again += 1
-        groups.setdefault((key, again), []).append(run)
+        members = groups.setdefault(key, [])
+        if run.config["seed"] in {other.config["seed"] for other in members}:
+            again.setdefault(key, []).append(run.name)
+        else:
+            members.append(run)
     common = [common_name([run.name for run in members]) for members in groups.values()]
     rows = []
-    for name, members in zip(common, groups.values(), strict=True):
+    for name, (key, members) in zip(common, groups.items(), strict=True):
         name = name if common.count(name) == 1 else members[0].name
-        rows.append(Row(name, members, values(name, members, differing)))
+        rows.append(Row(name, members, values(name, members, differing), again.get(key, [])))
     return rows
 
 
@@ -139,8 +158,11 @@ def sort_rows(rows: list[Row], column: str) -> list[Row]:
 def describe(runs: list[StoredRun], rows: list[Row]) -> list[str]:
     """Notes below the table: what its marks mean, and whether the accuracies can be compared."""
     notes = []
-    if len(rows) < len(runs):
+    if any(len(row.runs) > 1 for row in rows):
         notes.append("Mean ± standard deviation of runs that differ in the seed alone.")
+    if again := [name for row in rows for name in row.again]:
+        more = f" and {len(again) - 4} more" if len(again) > 4 else ""
+        notes.append(f"Left out, as the same run with the same seed is there already: {', '.join(again[:4])}{more}.")
     if not all(row.finished for row in rows):
         notes.append("* not finished: interrupted, or still running; its last epoch until now.")
     names = [name for name in VALIDATION_IMAGES if len({comparable(run.config.get(name)) for run in runs}) > 1]
@@ -185,36 +207,37 @@ def as_text(row: Row, column: str) -> str:
     return f"{mean:g}" if isinstance(mean, float) else str(mean)
 
 
-def shorten(text: str, length: int) -> str:
-    """With its middle left out: runs' names often begin alike, and end alike."""
-    end = (length - 3) // 2
-    return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
-
-
 def importance(texts: list[dict[str, str]], differing: list[str], sort: str) -> list[str]:
-    """The columns, what can least be done without first; what is the same in all rows comes last."""
-    vary = {name for name in texts[0] if len({row[name] for row in texts}) > 1}
-    order = ["epochs", "runs", "model", *differing[:3], "test_accuracy", *differing[3:]]
-    order += ["minutes", "val_loss", "parameters", "best_val_accuracy", "best_val_loss"]
-    order = sorted(order, key=lambda name: name not in vary)
-    return [name for name in dict.fromkeys(["name", sort, "val_accuracy", *order]) if name in texts[0]]
+    """The columns, what can least be done without first; without those that are the same in all of several rows."""
+    first = ["name", sort, "val_accuracy", "test_accuracy"]
+    order = [*first, "model", *differing[:3], "epochs", "runs", *differing[3:], "minutes", "val_loss", "parameters"]
+    order += ["best_val_accuracy", "best_val_loss"]
+    vary = {name for name in texts[0] if name in first or len(texts) == 1 or len({row[name] for row in texts}) > 1}
+    return [name for name in dict.fromkeys(order) if name in vary]
 
 
 def as_table(texts: list[dict[str, str]], importance: list[str]) -> str:
-    """Aligned columns, as many as the terminal is wide, which names those that it leaves out."""
-    width, used, shown = shutil.get_terminal_size().columns, -2, {}
+    """Aligned columns as wide as the terminal, in a second table where they do not fit into one; then what is the same
+    in all rows, and which columns are left out."""
+    width, left = shutil.get_terminal_size().columns, importance
+    cells, parts = {}, []
     for name in importance:
-        limit = max(16, width // 3) if name == "name" else LONGEST
-        cells = [name, *(row[name] if name in MEASURED else shorten(row[name], limit) for row in texts)]
-        needed = max(map(len, cells)) + 2
-        if used + needed <= width or not shown:
-            used += needed
-            number = name in ("runs", *MEASURED)
-            shown[name] = [cell.rjust(needed - 2) + "  " if number else cell.ljust(needed) for cell in cells]
-    lines = zip(*(shown[name] for name in texts[0] if name in shown), strict=True)
-    left_out = [name for name in texts[0] if name not in shown]
-    note = f"No room here, but in the files: {', '.join(left_out)}."
-    return "\n".join(["".join(line).rstrip() for line in lines] + [""] + textwrap.wrap(note, width) * bool(left_out))
+        limit = width if name in MEASURED else max(16, width // 3) if name == "name" else LONGEST
+        cells[name] = [shorten(row[name], limit) for row in texts]
+    while left and len(parts) < 2:
+        shown, used = [], -2
+        for name in dict.fromkeys(["name", *left]):
+            needed = max(map(len, [name, *cells[name]])) + 2
+            if used + needed <= width or not shown:
+                used += needed
+                shown.append(name)
+        columns = {name: cells[name] for name in texts[0] if name in shown}
+        parts.append(plain_table(columns, left=columns.keys() - {"runs", *MEASURED}))
+        left = [name for name in left if name not in shown]
+    same = [f"{name} {value or 'none'}" for name, value in texts[0].items() if name not in importance]
+    notes = [f"The same in all rows: {', '.join(same)}."] * bool(same)
+    notes += [f"No room here, but in the files: {', '.join(left)}."] * bool(left)
+    return "\n\n".join([*parts, *(textwrap.fill(note, width) for note in notes)])
 
 
 def as_csv(rows: list[Row]) -> str:

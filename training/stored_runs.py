@@ -75,7 +75,7 @@ def read_runs(paths: tuple[str, ...], defaults: dict) -> list[StoredRun]:
 def find_files(paths: tuple[str, ...]) -> list[Path]:
     """The reports and checkpoints among what was named; where a run has both, its report. Windows leaves patterns as
     they are, so that they are looked up here."""
-    found, others = {}, []
+    found, begun, others = {}, [], []
     for given in paths:
         path = find_file(given)
         if path.is_dir():
@@ -89,9 +89,16 @@ def find_files(paths: tuple[str, ...]) -> list[Path]:
         for match in matches:
             if match.suffix not in (".json", ".checkpoint") or not match.is_file():
                 others.append(match)
+                ends = (match.with_suffix(ending) for ending in (".json", ".checkpoint"))
+                if match.suffix == ".lock" and not any(end.exists() for end in ends):
+                    begun.append(f"{match.with_suffix('')} has begun and has no checkpoint yet")
                 continue
             report = match.with_suffix(".json")
             found.setdefault(report.resolve(), report if report.exists() else match)
+    if not found and begun:
+        raise ValueError(f"{begun[0]}: the first is written when an epoch ends")
+    for line in begun:
+        print(f"left out: {line}", file=sys.stderr)
     if not found:
         raise ValueError(f"{others[0]} is no run: those are stored as .json, and as .checkpoint until they end")
     return list(found.values())

@@ -42,6 +42,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", model: str 
     return loaded
 
 
+def data_title(metadata: dict) -> str:
+    """What a model was trained on, for a title: `cifar10`, or `cifar10, cat, dog` where it knows few classes."""
+    name, classes = metadata["dataset"], metadata["classes"]
+    return ", ".join([name, *classes] if len(classes) <= 4 else [name])
+
+
 def test_loader(
     model: Model, data_dir: str | None, batch_size: int, device: str | torch.device, others: Iterable[Model] = ()
 ) -> ImageLoader:
