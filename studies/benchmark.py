@@ -11,39 +11,30 @@ the same command goes on from there. Needs requirements-dev.txt.
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
 
-import utils
+import train
 from images.augment import NAMES, import_torchvision
-from images.loader import Dataset, Split
 from network import VisionTransformer
-from runner import Runner
+from runner import has_bf16
+from studies.cost import GROWTH, measure_growth, summarise_cost
 from studies.peers import ReferenceViT, time_run, train_cct_2
-from studies.runs import markdown
+from studies.steps import our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
 from support.files import figures_folder
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
-from training.models import count_flops
-from training.optim import build_optimizer, build_schedule
+from training.models import build_model, count_flops
+from training.presets import PRESETS
 
 TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20 epochs
 
@@ -80,10 +71,12 @@ def main(args: list[str] | None = None) -> None:
         elif config.augmentation:
             store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
         else:
-            parts = {"step": lambda: compare_steps(config), "pipeline": compare_pipeline}
-            parts |= {name: lambda name=name: measure_growth(config, name) for name in GROWTH}
+            parts = {"step": lambda: compare_steps(config), "precision": lambda: compare_precisions(config)}
+            parts["pipeline"] = compare_pipeline
+            parts |= {name: lambda name=name: measure_growth(name, config.threads) for name in GROWTH}
             results = run_parts(config, "benchmark", parts)
-            cost = summarise_cost(config, [row for name in GROWTH for row in results.pop(name)])
+            rows = [row for name in GROWTH for row in results.pop(name)]
+            cost = summarise_cost(rows, config.figures / "cost.png")
             store(config, "benchmark", {**results, "cost": cost})
             partial_path(config, "benchmark").unlink()
 
@@ -127,52 +120,11 @@ def store(config: Config, name: str, results: dict) -> None:
     cli.say_written([path])
 
 
-def print_table(rows: list[dict], columns: str) -> None:
-    """As Markdown; `columns` are keys of a row, each with its format: "batch_size error:+.0%"."""
-    texts = {column.partition(":")[0].replace("_", " "): "{" + column + "}" for column in columns.split()}
-    print("\n" + markdown([{heading: text.format(**row) for heading, text in texts.items()} for row in rows]))
-
-
 # -------------------------------------------------------------------------------------------------- training step
 
 
-def training_step(model: nn.Module, optimizer, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    def step():
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def our_runner(model: nn.Module, optimizer: str = "muon", kind: type[Runner] = Runner) -> Runner:
-    """As train.py makes it."""
-    optimizer = build_optimizer(model, optimizer)
-    schedule = build_schedule(optimizer, 10_000)
-    return kind(model.train(), optimizer, nn.CrossEntropyLoss(), "cpu", schedule, verbose=False)
-
-
-def our_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: str = "adamw"):
-    """What `Runner` does in a step, with metrics and the check for infinities."""
-    runner = our_runner(model, optimizer)
-    return lambda: runner.train_step(images, labels)
-
-
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Wall-clock seconds of each step, measured in turns."""
-    seconds = {name: [] for name in steps}
-    for repeat in tqdm(range(warmup + repeats), desc="taking turns"):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def compare_steps(config: Config) -> dict:
-    """A training step of batch 128 at hidden 64, 4 heads, 4 blocks, patch 4, in fp32."""
+    """A training step of batch 128 at hidden 64, 4 heads, 4 blocks, patch 4, in fp32; with MLP ratio 4 in bf16 too."""
     import_torchvision()  # timm needs it
     from timm.models import VisionTransformer as TimmViT
     from vit_pytorch import ViT as PytorchViT
@@ -180,15 +132,16 @@ def compare_steps(config: Config) -> dict:
 
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
 
-    def plain(model, optimizer=torch.optim.AdamW):
-        return training_step(model, optimizer(model.parameters(), lr=1e-3), images, labels)
+    def plain(model, optimizer=torch.optim.AdamW, precision="fp32"):
+        return training_step(model, optimizer(model.parameters(), lr=1e-3), images, labels, precision)
 
-    def ours(optimizer="adamw", **options):
-        return our_step(VisionTransformer(**options), images, labels, optimizer)
+    def ours(optimizer="adamw", precision="fp32", **options):
+        return our_step(VisionTransformer(**options), images, labels, optimizer, precision)
 
     timm_sizes = dict(img_size=32, patch_size=4, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4)
     lucid_sizes = dict(image_size=32, patch_size=4, num_classes=10, dim=64, depth=4, heads=4, dim_head=16, mlp_dim=256)
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    low_left, low_right = left.bfloat16(), right.bfloat16()
     steps = {
         "reference, MLP ratio 1": plain(ReferenceViT(), torch.optim.Adam),
         "ours, MLP ratio 1, CLS": ours(mlp_ratio=1.0),
@@ -200,36 +153,62 @@ def compare_steps(config: Config) -> dict:
         "ours, MLP ratio 4, mean, Muon (train.py)": ours("muon", pooling="mean"),
         "cct_2 of vit-pytorch": plain(cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)),
         "ours, convolutional tokenizer, MLP ratio 2": ours(tokenizer="conv", pooling="mean", mlp_ratio=2.0),
-        "GEMM": lambda: left @ right,
+        "product": lambda: left @ right,
+        "product, bf16": lambda: low_left @ low_right,
     }
+    wide = {"timm": (TimmViT, timm_sizes), "vit-pytorch": (PytorchViT, lucid_sizes)}
+    for name, (kind, sizes) in wide.items():
+        steps[f"{name}, MLP ratio 4, bf16"] = plain(kind(**sizes), precision="bf16")
+    for pooling, name in (("cls", "CLS"), ("mean", "mean")):
+        steps[f"ours, MLP ratio 4, {name}, bf16"] = ours(pooling=pooling, precision="bf16")
     medians = {name: statistics.median(values) for name, values in take_turns(steps, config.repeats).items()}
-    gemm_rate = 2 * 2048**3 / medians.pop("GEMM")
     flops = count_flops(plain(VisionTransformer(pooling="mean"), torch.optim.SGD))
-    share = flops / medians["ours, MLP ratio 4, mean"] / gemm_rate
+    rates = {"fp32": 2 * 2048**3 / medians.pop("product"), "bf16": 2 * 2048**3 / medians.pop("product, bf16")}
+    shares = {"fp32": flops / medians["ours, MLP ratio 4, mean"] / rates["fp32"]}
+    shares["bf16"] = flops / medians["ours, MLP ratio 4, mean, bf16"] / rates["bf16"]
     ratios = {}
-    for peer in ("reference, MLP ratio 1", "timm, MLP ratio 4", "vit-pytorch, MLP ratio 4"):
+    for peer in ("reference, MLP ratio 1", *(f"{name}, MLP ratio 4" for name in wide)):
         for mine in (f"ours, {peer.split(', ')[1]}, {pooling}" for pooling in ("CLS", "mean")):
             ratios[f"{peer} / {mine}"] = medians[peer] / medians[mine]
+            if "ratio 4" in peer:
+                ratios[f"{peer} / {mine}, bf16"] = medians[peer] / medians[f"{mine}, bf16"]
+                ratios[f"{peer}, bf16 / {mine}, bf16"] = medians[f"{peer}, bf16"] / medians[f"{mine}, bf16"]
     print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns")
     rows = [{"step": name, "ms": 1e3 * s, "images_per_second": 128 / s} for name, s in medians.items()]
     print_table(rows, "step ms:.1f images_per_second:,.0f")
     print_table([{"medians": name, "ratio": ratio} for name, ratio in ratios.items()], "medians ratio:.2f")
-    print(f"\nFLOPs of the default step over the GEMM rate of {gemm_rate / 1e9:.0f} GFLOP/s: {share:.2f}")
-    return {"medians": medians, "ratios": ratios, "gemm_flops_per_second": gemm_rate, "share_of_gemm_rate": share}
+    print("\nFLOPs of the default step over the rate of a large product:")
+    for name, share in shares.items():
+        print(f"{name}: {share:.2f} of {rates[name] / 1e9:.0f} GFLOP/s")
+    return {"medians": medians, "ratios": ratios, "flops_per_second_of_products": rates, "shares_of_that_rate": shares}
+
+
+def compare_precisions(config: Config) -> dict:
+    """A training step of each preset in fp32 and in bf16, and of the default without its optimiser's."""
+    steps = {}
+    for preset in PRESETS:
+        settings = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
+        images, labels = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(0, 10, (settings.batch_size,))
+        for precision in ("fp32", "bf16"):
+            model = build_model("vit", dataclasses.asdict(settings), 32, 10)
+            runner = our_runner(model, precision=precision)
+            steps[f"{preset}, {precision}"] = lambda runner=runner, x=images, y=labels: runner.train_step(x, y)
+            if preset == "default":
+                steps[f"Muon and AdamW of the default, gradients in {precision}"] = runner.optimizer.step
+    medians = {name: statistics.median(s) for name, s in take_turns(steps, config.repeats).items()}
+    ratios = {preset: medians[f"{preset}, fp32"] / medians[f"{preset}, bf16"] for preset in PRESETS}
+    auto = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+    share = medians[f"Muon and AdamW of the default, gradients in {auto}"] / medians[f"default, {auto}"]
+    print(f"\nA training step of each preset, {config.threads} thread(s), {config.repeats} turns; auto is {auto} here")
+    print_table([{"step": name, "ms": 1e3 * s} for name, s in medians.items()], "step ms:.1f")
+    print_table(
+        [{"preset": name, "bf16_over_fp32": ratio} for name, ratio in ratios.items()], "preset bf16_over_fp32:.2f"
+    )
+    print(f"\nThe optimiser's share of the default's step: {share:.1%}")
+    return {"medians": medians, "speed_of_bf16_over_fp32": ratios, "auto": auto, "share_of_optimizer": share}
 
 
 # ------------------------------------------------------------------------------------------------------- pipeline
-
-
-def synthetic_data(images: int = 4096) -> Dataset:
-    """Random pictures of CIFAR-10's shape: how long they take does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split(n: int) -> Split:
-        pictures = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        return Split(pictures, torch.randint(0, 10, (n,), generator=generator))
-
-    return Dataset("random", [str(i) for i in range(10)], split(images), split(512), split(512), flip=True)
 
 
 def compare_pipeline() -> dict:
@@ -267,98 +246,6 @@ def compare_augmentations(config: Config) -> dict:
     rows = [{"augment": name, **r, "change": r["epoch"] / rates["none"]["epoch"] - 1} for name, r in rates.items()]
     print_table(rows, "augment loader:,.0f epoch:,.0f change:+.0%")
     return rates
-
-
-# ------------------------------------------------------------------------------------------------- how cost grows
-
-
-GROWTH = {  # what varies, and its values
-    "patch_size": [8, 4, 2],
-    "hidden_size": [32, 64, 128, 256],
-    "num_blocks": [2, 4, 8],
-    "batch_size": [32, 64, 128, 256],
-}
-QUANTITIES = {"seconds": ("step, ms", 1e3, utils.BLUE), "memory_mb": ("memory, MB", 1, utils.VERMILLION)}
-
-
-def measure_growth(config: Config, name: str) -> list[dict]:
-    """Step time and peak memory for each value of what is varied, in a process of its own."""
-    rows = []
-    for value in tqdm(GROWTH[name], desc=f"cost against {name}"):
-        options = {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: value}
-        rows.append({"varied": name, **options, **cost_in_a_process(options, config.threads)})
-    return rows
-
-
-def summarise_cost(config: Config, rows: list[dict]) -> dict:
-    """Print, draw and fit how step time and peak memory grow with tokens, width, depth and batch."""
-    exponents = {}
-    for name in GROWTH:
-        label, sizes = axis_of(name)
-        for quantity in QUANTITIES:
-            measured = [row[quantity] for row in rows if row["varied"] == name]
-            slope = np.polyfit(np.log(sizes), np.log(measured), 1)[0]
-            exponents[f"{quantity} ~ {label}"] = round(float(slope), 2)
-    print_table(rows, "varied batch_size patch_size hidden_size num_blocks seconds:.3f memory_mb:.0f")
-    print("\nfitted exponents: " + ", ".join(f"{name}^{value}" for name, value in exponents.items()))
-    draw_cost(rows, exponents, config.figures / "cost.png")
-    return {"rows": rows, "exponents": exponents}
-
-
-def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None:
-    """Step time and memory against tokens, width, depth and batch, both axes logarithmic: a power law is a line."""
-    note = "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied; slopes are fitted exponents"
-    figure = utils.new_figure(1000, 480, "How a training step's cost grows", note)
-    for column, name in enumerate(GROWTH):
-        label, sizes = axis_of(name)
-        for line, (quantity, (unit, scale, color)) in enumerate(QUANTITIES.items()):
-            axes = utils.add_axes(figure, 62 + 240 * column, 80 + 190 * line, 170, 140)
-            values = [scale * row[quantity] for row in rows if row["varied"] == name]
-            axes.loglog(sizes, values, "o-", color=color)
-            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-            axes.set_yticks(values, [f"{value:,.0f}" for value in values])
-            axes.minorticks_off()
-            axes.set_title(f"exponent {exponents[f'{quantity} ~ {label}']:.2f}")
-            axes.set_xlabel(label.replace("_", " ") if line == 1 else "")
-            axes.set_ylabel(unit if column == 0 else "")
-    utils.save_figure(figure, path)
-
-
-def axis_of(name: str) -> tuple[str, list[int]]:
-    """What stands on the axis when `name` is varied, and its values: tokens, where that is the patch size."""
-    if name == "patch_size":
-        return "tokens", [(32 // size) ** 2 for size in GROWTH[name]]
-    return name, GROWTH[name]
-
-
-def cost_in_a_process(options: dict, threads: int = 1) -> dict:
-    """`cost_of_one` in a process of its own, whose memory nothing else has touched."""
-    command = [sys.executable, "-m", "studies.benchmark", "cost", json.dumps(options), str(threads)]
-    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=cli.ROOT).stdout)
-
-
-def cost_of_one(options: dict, threads: int) -> dict:
-    """Median seconds of a step, and the peak resident memory above what the process needed before it.
-
-    `options` are the batch size and the ViT's arguments.
-    """
-    torch.set_num_threads(threads)
-    batch_size, img_size = options.pop("batch_size"), options.get("img_size", 32)
-    images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
-    process, done, sizes = psutil.Process(), threading.Event(), []
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            sizes.append(process.memory_info().rss)
-
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
-    seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
-    done.set()
-    watcher.join()
-    return {"seconds": statistics.median(seconds), "memory_mb": (max(sizes) - before) / 2**20}
 
 
 # ----------------------------------------------------------------------------------------------- time to accuracy
@@ -401,7 +288,4 @@ def time_to_accuracy(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["cost"]:  # a process started by `cost_in_a_process`
-        print(json.dumps(cost_of_one(json.loads(sys.argv[2]), int(sys.argv[3]))))
-    else:
-        main()
+    main()

@@ -26,7 +26,8 @@ from tqdm import tqdm
 import utils
 from network import VisionTransformer
 from runner import Runner
-from studies.benchmark import GROWTH, cost_in_a_process, our_runner, print_table, synthetic_data, take_turns
+from studies.cost import GROWTH, cost_in_a_process
+from studies.steps import our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed, schema
 from support.files import figures_folder
 from support.model import num_parameters

@@ -133,6 +133,20 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
 
 
+def instruction_sets() -> list[str]:
+    """Of those that decide how fast products are computed, the ones that torch uses on this CPU."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return []
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    has = {
+        "AVX2": torch.cpu._is_avx2_supported(),
+        "AVX-512": wide and torch.cpu._is_avx512_supported(),
+        "AVX-512 BF16": wide and torch.cpu._is_avx512_bf16_supported(),
+        "AMX": wide and torch.cpu._is_amx_tile_supported(),
+    }
+    return [name for name, there in has.items() if there]
+
+
 def provenance() -> dict:
     """What a stored figure came from: command, date, versions and machine."""
     return {
@@ -141,6 +155,7 @@ def provenance() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

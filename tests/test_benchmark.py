@@ -68,7 +68,7 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
 
         return measure
 
-    def growth(_config, name):
+    def growth(name, _threads):
         sizes = [
             {"batch_size": 128, "patch_size": 4, "hidden_size": 64, "num_blocks": 4, name: v} for v in GROWTH[name]
         ]
@@ -76,12 +76,13 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
 
     GROWTH = benchmark.GROWTH
     monkeypatch.setattr(benchmark, "compare_steps", part("step", {"medians": {}}))
+    monkeypatch.setattr(benchmark, "compare_precisions", part("precision", {"auto": "fp32"}))
     monkeypatch.setattr(benchmark, "compare_pipeline", part("pipeline", {"ratio": 1.0}))
     monkeypatch.setattr(benchmark, "measure_growth", growth)
     with pytest.raises(SystemExit) as stop:
         run_main("studies.benchmark", "--output_dir", tmp_path)
     error = capsys.readouterr().err
-    assert stop.value.code == 130 and "stored: step, pipeline, patch_size in" in error and "goes on" in error
+    assert stop.value.code == 130 and "stored: step, precision, pipeline, patch_size in" in error and "goes on" in error
     assert not (tmp_path / "benchmark.json").exists()
     measured.clear()
     stop_at = None
@@ -91,7 +92,7 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
     assert results["pipeline"] == {"ratio": 1.0} and len(results["cost"]["rows"]) == 14
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "cost.png"}
     run_main("studies.benchmark", "--output_dir", tmp_path)  # begins anew: nothing is half done
-    assert measured[3:5] == ["step", "pipeline"]
+    assert measured[3:6] == ["step", "precision", "pipeline"]
 
 
 def test_parts_of_other_settings_are_measured_again(tmp_path):

@@ -605,7 +605,7 @@ def test_answers_of_whitening_filters_are_uncorrelated_with_variance_one(size, s
     assert filters.shape == (3 * size**2, 3, size, size)
     covariance = covariance_of_answers(images, filters, stride)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
-    assert ((covariance.diag() > 0.5) & (covariance.diag() < 1.001)).all()  # 0.01 beside the smallest is felt
+    assert ((covariance.diag() > 0.3) & (covariance.diag() < 1.001)).all()  # 0.01 beside the smallest is felt
     norms = filters.flatten(1).norm(dim=1)
     assert (norms[1:] >= norms[:-1] - 1e-6).all()  # of the largest variance first
 
