@@ -94,6 +94,7 @@ class PatchEmbedding(nn.Module):
         if patch_size > img_size:
             raise ValueError(f"a patch of {patch_size} pixels is larger than the image of {img_size}")
         self.grid_size = img_size // patch_size  # patches along each side
+        self.tokenizer = tokenizer
         if tokenizer == "patch":
             self.project = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
             nn.init.trunc_normal_(self.project.weight, std=(in_channels * patch_size**2) ** -0.5)
@@ -116,10 +117,10 @@ class PatchEmbedding(nn.Module):
     def whiten(self, images: torch.Tensor) -> None:
         """Let the first layer begin with filters that whiten the patches of these `(n, in_channels, height, width)`
         normalised images: "patch" trains them further, "whitened" keeps them, "conv" has none."""
-        if isinstance(self.project, nn.Conv2d):
+        if self.tokenizer == "patch":
             size = self.project.kernel_size[0]
             begin_with(self.project, whitening_filters(images, size, stride=size))
-        elif not self.project[1].weight.requires_grad:
+        elif self.tokenizer == "whitened":
             filters = whitening_filters(images, 2, stride=1)
             begin_with(self.project[1], torch.cat([filters, -filters]))
 

@@ -661,6 +661,13 @@ def test_whitened_tokenizer_is_these_layers_one_after_another():
     torch.testing.assert_close(model.embedding.project(images), x)
 
 
+def test_a_plain_convolutional_tokenizer_is_left_as_it_is():
+    model = VisionTransformer(num_blocks=1, tokenizer="conv")
+    before = copy.deepcopy(model)
+    model.whiten(torch.randn(5, 3, 32, 32))
+    assert same_weights(model, before)
+
+
 def test_the_cnn_begins_with_whitening_filters():
     images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cumsum(dim=3)
     model = CNN()
