@@ -28,6 +28,7 @@ ROWS = {
     "no_augmentation": Row("no augmentation", "--augment none", 3),
     "adamw": Row("AdamW in place of Muon", "--optimizer adamw", 3),
     "conv": Row("convolutional tokenizer", "--tokenizer conv", 3),
+    "no_whitening": Row("random first filters", "--no_whiten", 3),
     "adamw_slow": Row("AdamW at half its rate", "--optimizer adamw --lr 1e-3"),
     "adamw_fast": Row("AdamW at twice its rate", "--optimizer adamw --lr 4e-3"),
     "adam": Row("Adam", "--optimizer adam"),

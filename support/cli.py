@@ -161,7 +161,8 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
         default = field.default_factory()
     if hint is bool:
         flag, action = (f"--no_{name}", "store_false") if default else (f"--{name}", "store_true")
-        group.add_argument(flag, dest=name, action=action, default=default, help=text)
+        help_text = f"do without: {text}" if default else text
+        group.add_argument(flag, dest=name, action=action, default=default, help=help_text)
         return
     options = {"help": text}
     if type(None) in get_args(hint):  # X | None

@@ -48,6 +48,7 @@ def named(data: Dataset, *args) -> str:
         ("--augment none --seed 1", "VisionTransformer_seed1_augment_none"),
         ("--epochs 20 --lr 6e-3", "VisionTransformer"),  # as by default
         ("--fold 0/5", "VisionTransformer_fold_0of5"),
+        ("--no_whiten --skip_nonfinite", "VisionTransformer_no_whiten_skip_nonfinite"),
         ("--val_fraction 0", "VisionTransformer_all"),
         ("--init_from saved/CNN.pt", "VisionTransformer_from_CNN"),
         ("--gif_frames 3 --checkpoint_minutes 1 --threads 1", "VisionTransformer"),  # nothing else is learned
@@ -244,6 +245,8 @@ def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
         ("--monitor accuracy", "--monitor has no effect without --patience"),
         ("--tokenizer_depth 2", "--tokenizer_depth has no effect with --tokenizer patch"),
         ("--preset quick --model cnn", "what --preset quick says of"),
+        ("--model mlp --no_whiten", "--no_whiten has no effect on a MLP"),
+        ("--tokenizer conv --no_whiten", "--no_whiten has no effect with --tokenizer conv"),
         ("--fold 0/5 --val_fraction 0.3", "--val_fraction has no effect with --fold"),
         ("--model mlp --pooling cls", "--pooling has no effect on a MLP"),
         ("--tokenizer conv --tokenizer_depth 2 --patience 3 --monitor accuracy", ""),

@@ -151,8 +151,8 @@ def _label(name: str, value: Any) -> str:
     short = name.removeprefix("num_").removesuffix("_size")
     if name in VALUES and value != "none":
         return str(value)
-    if value is True:
-        return name
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
     if name == "val_fraction" and value == 0:
         return "all"
     if name in ("init_from", "pretrained_file"):
@@ -171,7 +171,8 @@ def drop_without_effect(config, data: Dataset) -> None:
     reasons = without_effect(config, data)
     flags = {name: reason for name, reason in reasons.items() if name in config.given}
     for reason in dict.fromkeys(flags.values()):
-        names = [f"--{name}" for name in flags if flags[name] == reason]
+        same = [name for name in flags if flags[name] == reason]
+        names = [f"--no_{name}" if getattr(config, name) is False else f"--{name}" for name in same]
         print(f"{', '.join(names)} {'have' if len(names) > 1 else 'has'} no effect {reason}")
     preset = [name for name, reason in reasons.items() if name not in config.given and reason.startswith("on a")]
     default = type(config)()
