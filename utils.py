@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
@@ -316,7 +316,7 @@ def visualize_attention_maps(
     add_text(figure, 14, 24, f"Attention {source}{which}", size=12, weight="bold")
     for row in range(rows):
         top = 54 + (row + 1) * row_height - tile
-        norm = Normalize(0, max(2.0, maps[row].max().item()))
+        norm = PowerNorm(0.5, 0, max(2.0, maps[row].max().item()))  # roots: what little attention there is shows, too
         for column, heading in enumerate(headings):
             axes = add_axes(figure, 14 + column * (tile + 8), top, tile, tile)
             axes.axis("off")

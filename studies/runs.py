@@ -23,7 +23,7 @@ from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
 from support.report import provenance, read_json, write_results
 from training.checkpoints import is_checkpoint
-from training.options import OWN, without_effect
+from training.options import OWN, in_todays_words, without_effect
 
 Runs = dict[str, str]  # name -> flags to train.py
 
@@ -97,13 +97,12 @@ def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
 def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
     parsed = cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False)
     config = dataclasses.asdict(parsed)
-    stored = read_report(name, options)["config"]
+    stored = in_todays_words(read_report(name, options)["config"])
     free = {*OWN, "preset", *without_effect(parsed)}
     different = [
         f"{key} {stored[key]!r} and not {value!r}"
         for key, value in config.items()
-        # earlier versions wrote 0 for None, and the reverse
-        if key in stored and key not in free and value != "auto" and (stored[key] or None) != (value or None)
+        if key in stored and key not in free and value != "auto" and stored[key] != value
     ]
     if different:
         raise ValueError(

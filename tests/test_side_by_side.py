@@ -341,7 +341,7 @@ def test_the_curves_are_means_with_a_band_and_leave_out_what_was_not_validated(t
     assert set(band[:, 1].round(6)) == {30, 40, 50, 70, 45, 65}
     assert np.isnan(loss.get_lines()[0].get_ydata()).tolist() == [True, False, False]
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels == ["null: lr 1", "a: lr 0.008 (n = 2)"]
+    assert labels == ["null: lr 1", "a: lr 0.006 (n = 2)"]
 
 
 def test_more_rows_than_can_be_told_apart_are_not_all_drawn(tmp_path, compare, monkeypatch):

@@ -43,9 +43,14 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     return figure
 
 
+FEW = 20  # images that a bin needs, so that its accuracy is shown
+
+
 def draw_calibration(report: dict, path: Path, title: str) -> Figure:
-    """Reliability diagram: accuracy by confidence, and below it how many images have that confidence."""
-    rows = [row for row in report["calibration"] if row["images"]]
+    """Reliability diagram: accuracy by confidence, and below it how many images have that confidence. Above, bins with
+    few images are left out: what they show is chance."""
+    filled = [row for row in report["calibration"] if row["images"]]
+    rows = [row for row in filled if row["images"] >= FEW] or filled
     width = 100 / len(report["calibration"])
     centres = [50 * (row["low"] + row["high"]) for row in rows]
     accuracies = [100 * row["accuracy"] for row in rows]
@@ -61,10 +66,12 @@ def draw_calibration(report: dict, path: Path, title: str) -> Figure:
     style = {"color": utils.VERMILLION, "markersize": 4, "clip_on": False, "label": "gap to the confidence"}
     upper.plot(*zip(*ends, strict=True), "o", **style)
     upper.plot([0, 100], [0, 100], "--", color=utils.DARK, lw=1, label="perfectly calibrated")
-    upper.set_ylabel("right, % of the images in a bin")
+    few = f" of at least {FEW}" if len(rows) < len(filled) else ""
+    upper.set_ylabel(f"right, % of the images in a bin{few}")
     upper.legend(loc="upper left")
     lower = utils.add_axes(figure, 66, 428, 430, 112)
-    lower.bar(centres, [100 * row["images"] / report["images"] for row in rows], width * 0.94, color=utils.GREY)
+    everywhere = [50 * (row["low"] + row["high"]) for row in filled]
+    lower.bar(everywhere, [100 * row["images"] / report["images"] for row in filled], width * 0.94, color=utils.GREY)
     lower.set_ylabel("% of images")
     lower.set_xlabel("confidence: probability of the predicted class, %")
     upper.set(xlim=(0, 100), ylim=(0, 100))

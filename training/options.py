@@ -99,8 +99,10 @@ def stored_values(config) -> dict[str, Any]:
 
 
 def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config as it would be stored today: earlier versions had other words for some values."""
+    """A stored config as it would be stored today: earlier versions had other words for some values, began with random
+    filters, and left the momentum as each optimiser has it."""
     stored = {name: value for name, value in stored.items() if not isinstance(value, list | dict)}
+    stored = {"whiten": False, "momentum": 0.95 if stored.get("optimizer") == "muon" else 0.9, **stored}
     words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
     words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
     return {

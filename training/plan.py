@@ -167,12 +167,14 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
         step = (clock() - began) / count
 
         batches = list(islice(val_loader, 2))
-        runner.test(batches[:1])
-        validation = math.inf  # what interrupts for a moment only is not counted: the shortest of two
-        for batch in batches:
-            began = clock()
-            runner.test([batch])
-            validation = min(validation, clock() - began)
+        testing = dict.fromkeys((config.precision, "fp32"), math.inf)  # a batch, in training and at the end
+        for runner.precision in testing:
+            runner.test(batches[:1])
+            for batch in batches:  # what interrupts for a moment only is not counted: the shortest of two
+                began = clock()
+                runner.test([batch])
+                testing[runner.precision] = min(testing[runner.precision], clock() - began)
+        validation = testing[config.precision]
 
         runner.total_steps = runner.step
         runner.plot(val_loader, Path(folder) / "frame.png", data.classes)  # the first one looks for fonts
@@ -181,7 +183,7 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
             began = clock()
             runner.plot(val_loader, Path(folder) / "frame.png", data.classes)
             frame = min(frame, clock() - began)
-    test = validation * len(data.test) / 500
+    test = testing["fp32"] * len(data.test) / 500
     finish = test + frame * (PICTURES + GIF_PART * config.gif_frames) + 0.5  # half a second in which Python ends
     return Costs(step, validation * len(val_loader) + frame, frame, finish)
 

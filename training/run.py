@@ -254,6 +254,7 @@ class Run:
             if self.first:
                 runner.eval_model.save(self.paths.last, **self.data.metadata)
             stopping.use_best(runner)
+        runner.precision = "fp32"  # in which evaluate.py and the others compute
         test_loss, test_accuracy = runner.test(test_loader)
         if not math.isfinite(test_loss):
             raise NonFiniteLoss(f"the test loss is {test_loss}: the model is of no use on some of the test images")

@@ -11,7 +11,7 @@ from support import schema
 from support.files import CheckpointError, find_file, home
 from support.report import read_json
 from training.checkpoints import read_checkpoint
-from training.options import OWN
+from training.options import OWN, in_todays_words
 
 # of a report what is needed here: reports of earlier versions say less, and a run without validation has no such values
 FIGURES = {"accuracy": schema.FRACTION, "loss": schema.NUMBER}
@@ -152,12 +152,11 @@ def results_until_now(runner: dict) -> dict:
 
 def hyperparameters(config: dict, defaults: dict, path: Path) -> dict[str, Any]:
     """All that counts of a config, with the default of what an earlier version did not have, spelled as it is now."""
-    config = dict(config)
-    if isinstance(config.get("augment"), bool):
-        config["augment"] = "crop_flip" if config["augment"] else "none"
+    folds, config = config.get("folds"), in_todays_words(config)
+    config.pop("folds", None)
     if config.get("dataset") == "auto":
         config["dataset"] = "digits" if path.stem.endswith("_digits") else "cifar10"
-    if folds := config.pop("folds", None):
-        config["fold"] = f"{config.get('fold')}/{folds}"
+    if folds:
+        config["fold"] = f"{config.get('fold') or 0}/{folds}"
     merged = {name: value for name, value in {**defaults, **config}.items() if name not in NOT_LEARNED}
     return {name: str(value) if isinstance(value, list | tuple | dict) else value for name, value in merged.items()}
