@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import setup_cifar
 import train
 from images.loader import unpack_ids
-from network import CNN, FeedForward, Model, VisionTransformer
+from network import CNN, FeedForward, Model, VisionTransformer, whitening_filters
 from support import cli
 from support.files import read_file
 from training.checkpoints import Checkpoints
@@ -167,6 +167,7 @@ def plain(tmp_path_factory):
 
 
 CHANGES_THE_WEIGHTS = {
+    "momentum": "0.5",
     "val_fraction": "0.3",
     "split_seed": "1",
     "fold": "1/4",
@@ -195,7 +196,7 @@ CHANGES_THE_WEIGHTS = {
     "ema": "0.9",
     "grad_clip": "0.01",
     "seed": "1",
-    "precision": "bf16",
+    "precision": "fp16",  # auto is one of the two others
 }
 TESTED_ELSEWHERE = {
     "config",
@@ -207,6 +208,7 @@ TESTED_ELSEWHERE = {
     "pretrained_file",
     "preset",
     "tokenizer_depth",
+    "whiten",
     "dataset",
     "data_dir",
     "img_size",
@@ -253,6 +255,21 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
 def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
     model = train_small(tmp_path, *"--tokenizer conv --tokenizer_depth 2".split())
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 6  # three halvings to patches of 8
+
+
+@pytest.mark.parametrize("model", ["vit", "cnn"])
+def test_no_whiten_flag_begins_with_random_filters(tmp_path, model, digits):
+    first = {"vit": "embedding.project.weight", "cnn": "conv1.weight"}[model]
+    flags = ["--lr", 1e-12, "--model", model]  # which leaves weights as they began
+    whitened, random = (
+        train_small(tmp_path / name, *flags, *more).state_dict()[first]
+        for name, more in (("whitened", []), ("random", ["--no_whiten"]))
+    )
+    size, stride = {"vit": (8, 8), "cnn": (3, 1)}[model]
+    images = next(iter(digits.loader("train", 5000)))[0]
+    filters = whitening_filters(images, size, stride)[: len(whitened)]
+    torch.testing.assert_close(whitened, filters, rtol=0, atol=1e-4)
+    assert not torch.allclose(random, filters, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam", "sgd"])
