@@ -15,7 +15,9 @@ from helpers import ROOT, SMALL, refused, run_main, same_weights, start
 import train
 from images.loader import Dataset
 from network import Model
+from runner import choose_precision
 from support import cli
+from support.report import read_json, write_json
 from training.options import drop_without_effect, name_of
 from training.run import Run
 
@@ -230,6 +232,7 @@ def test_config_takes_the_report_of_an_earlier_version():
 def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
     report = json.loads((ROOT / "saved" / "CNN.json").read_text(encoding="utf-8"))
     report["config"]["pooling"] = "maximum"
+    del report["sha256"]
     (tmp_path / "x.json").write_text(json.dumps(report), encoding="utf-8")
     with refused(capfd, tmp_path, "x.json", "pooling cannot be 'maximum'"):
         run_main("train.py", "--config", tmp_path / "x.json", "--output_dir", tmp_path)
@@ -343,8 +346,12 @@ def test_auto_that_finds_digits_takes_their_defaults_too(tmp_path, monkeypatch):
 
 
 def test_plain_training_leaves_the_committed_model_alone_until_it_ends(tmp_path, digits):
-    """Its report is of an earlier version, and says the same hyperparameters."""
+    """Its report says the same hyperparameters, whatever precision this machine would choose."""
     shutil.copytree(ROOT / "saved", tmp_path / "saved", ignore=shutil.ignore_patterns("studies"))
+    report = read_json(tmp_path / "saved" / "VisionTransformer.json")
+    report["images"] = Dataset("cifar10", digits.classes, digits.train, digits.val, digits.test, True).fingerprint()
+    report["config"]["precision"] = {"bf16": "fp32", "fp32": "bf16"}[choose_precision("auto", torch.device("cpu"))]
+    write_json(tmp_path / "saved" / "VisionTransformer.json", report)
     before = (tmp_path / "saved" / "VisionTransformer.pt").read_bytes()
     config = parsed("--output_dir", str(tmp_path), "--dataset", "cifar10")
     data = Dataset("cifar10", digits.classes, digits.train, digits.val, digits.test, flip=True)

@@ -111,9 +111,11 @@ def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_hyperparameters(stored: dict[str, Any], config) -> bool:
-    """Whether a stored config says to learn the same; what an earlier version did not know is as it is by default."""
+    """Whether a stored config says to learn the same, in whatever precision the machine chose; what an earlier version
+    did not know is as it is by default."""
     before, now = {**hyperparameters(type(config)()), **in_todays_words(stored)}, hyperparameters(config)
     free = {"preset", *without_effect(config)} | {n for n in ("dataset", "precision") if before[n] == "auto"}
+    free |= {"precision"} - set(config.given)
     return all(before[name] == value for name, value in now.items() if name not in free)
 
 

@@ -2,9 +2,9 @@
 
 PRESETS = {
     "default": {},
-    # above 60 % after half an epoch
+    # above 60 % after part of an epoch
     "quick": {
-        "epochs": 0.5,
+        "epochs": 0.6,
         "tokenizer": "whitened",
         "patch_size": 8,
         "num_blocks": 1,
