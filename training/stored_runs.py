@@ -20,11 +20,11 @@ REPORT = schema.optional(
         "results": schema.optional(
             {},
             parameters=schema.COUNT,
-            epochs=schema.COUNT,
+            epochs=schema.EPOCHS,
             training_seconds=schema.NOT_NEGATIVE,
             **{f"{part}_{what}": schema.maybe(kind) for part in ("val", "test") for what, kind in FIGURES.items()},
         ),
-        "config": schema.optional({...: schema.PLAIN}, model=schema.TEXT, epochs=schema.SIZE, seed=schema.COUNT),
+        "config": schema.optional({...: schema.PLAIN}, model=schema.TEXT, epochs=schema.EPOCHS, seed=schema.COUNT),
         "metrics": {f"val_{what}": [schema.maybe(kind)] for what, kind in FIGURES.items()},
     },
     images=schema.TEXT,
