@@ -195,6 +195,18 @@ def test_a_change_of_speed_is_made_up_for(factor, change, capsys):
     assert max(abs(a - b) for a, b in zip(machine.rates, machine.rates[1:], strict=False)) < 0.05 * max(machine.rates)
 
 
+@pytest.mark.parametrize("slow", [(0, 30), (0, 100), (300, 330)])
+def test_a_machine_that_is_very_slow_for_a_while_is_given_time_to_recover(slow, capsys):
+    runner, machine, deadline = timed_run(lambda step: 0.1 if slow[0] <= step < slow[1] else 1.0)
+    assert machine.time == pytest.approx(120, rel=0.1)
+    assert runner.optimizer.param_groups[0]["lr"] < 1e-9
+
+
+def test_a_machine_that_stays_three_times_slower_does_not_come_too_late(capsys):
+    runner, machine, deadline = timed_run(lambda step: 0.3 if step >= 100 else 1.0, minutes=6)
+    assert machine.time == pytest.approx(360, rel=0.1)
+
+
 @pytest.mark.parametrize("stop_at", [250, 400, 650])
 def test_a_resumed_run_counts_the_time_that_was_used(stop_at, capsys):
     def speed(step):

@@ -37,13 +37,14 @@ AIM = 0.98  # part of the time that a plan fills
 CHECK = 0.25  # part of the time that is left after which the end is foreseen again, from the speed until then
 TOLERANCE = 0.03  # of the time: an end that is foreseen further than this from the aim is corrected
 UNSURE = 0.1  # of the time that is left: nor is one corrected that is closer than this, as speeds go up and down
+LATE = 0.15  # of the time: with less than this left, a slow machine is not expected to recover
 LAST_STEPS = 10  # at least so many follow a correction, in which the learning rate comes down
 # Drawings that the curves and the attention maps take as long as, and the part of one that a picture in the GIF does.
 PICTURES, GIF_PART = 6, 0.25
 # Runs of the presets on CIFAR-10, with the validation accuracy after each epoch
 STORED = {
     "default": "saved/VisionTransformer.json",
-    "quick": "saved/studies/quick_seed0.json",
+    "quick": "saved/studies/quick_12epochs.json",
     "accurate": "saved/studies/accurate_seed0.json",
     "small": "saved/studies/small_seed0.json",
 }
@@ -277,6 +278,7 @@ class Deadline:
         self.seconds, self.steps = 0.0, 0  # since the end was foreseen last
         self.all_seconds, self.all_steps = 0.0, 0  # since training began: what comes last is as fast as that was
         self.finish = self.costs.finish / self.costs.step if self.costs else 40.0  # in steps
+        self.fastest = self.costs.step if self.costs else math.inf  # seconds of a step
         self.ended, self.drew, self.checked, self.epoch = None, False, None, 0
 
     @property
@@ -323,6 +325,7 @@ class Deadline:
     def correct(self, runner: Runner) -> None:
         """Change the number of steps if the run would end too early or too late."""
         step = self.seconds / self.steps
+        self.fastest = min(self.fastest, step)
         if self.costs is None:  # a run without a plan is resumed with one
             self.costs = Costs(step, 20 * step, 0.0, self.finish * step)
         self.costs = costs = self.costs.scaled(step)
@@ -336,6 +339,8 @@ class Deadline:
         if abs(missed) <= allowed or total - done <= LAST_STEPS:
             return
         wanted = max(done + LAST_STEPS, costs.steps_that_fit(left, done, per_epoch, frames))
+        if left > LATE * self.limit:  # so many that another look comes first, if the machine is soon as fast as before
+            wanted = max(wanted, min(total, done + int(0.5 * left / self.fastest)))
         epochs = epochs_of(wanted, per_epoch)
         new = steps_in(epochs, per_epoch)
         if new <= done or new == total:
@@ -383,4 +388,5 @@ class Deadline:
         self.used, self.planned, self.knots = state["seconds"], state["planned"], state["knots"]
         if state["costs"]:
             self.costs = Costs(**state["costs"])
+            self.fastest = self.costs.step
             self.finish = self.costs.finish / self.costs.step
