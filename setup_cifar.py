@@ -222,8 +222,8 @@ def find_or_download_archive(cifar: Cifar, data_dir: Path) -> Path:
             download(url, archive, cifar.md5)
         except DownloadError as error:
             raise DownloadError(
-                f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, name its place with --data_dir or "
-                "DATA_DIR; train.py can do without: --dataset digits."
+                f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, or name its place with --data_dir or "
+                "DATA_DIR; to train without it: --dataset digits"
             ) from None
     return archive
 

@@ -1,6 +1,7 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
     python -m studies.benchmark                      # training step, pipeline, and how cost grows: under ten minutes
+    python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute
     python -m studies.benchmark --augmentation       # what each augmentation costs: five minutes
     python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
 
@@ -43,6 +44,7 @@ TARGET = 0.6063  # test accuracy that earlier code of this kind reached after 20
 class Config:
     """Compare speeds."""
 
+    precision: bool = False  # a training step of each preset in fp32 and in bf16
     augmentation: bool = False  # what each augmentation costs: images/s of the loader alone and of a training epoch
     time_to_accuracy: bool = False  # train reference and quick ViT until 60.63 % validation accuracy
     seeds: int = 3  # runs of each in time_to_accuracy
@@ -68,11 +70,12 @@ def main(args: list[str] | None = None) -> None:
             run_contender(config, config.contender, config.seed)
         elif config.time_to_accuracy:
             store(config, "time_to_accuracy", time_to_accuracy(config))
+        elif config.precision:
+            store(config, "precision", compare_precisions(config))
         elif config.augmentation:
             store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
         else:
-            parts = {"step": lambda: compare_steps(config), "precision": lambda: compare_precisions(config)}
-            parts["pipeline"] = compare_pipeline
+            parts = {"step": lambda: compare_steps(config), "pipeline": compare_pipeline}
             parts |= {name: lambda name=name: measure_growth(name, config.threads) for name in GROWTH}
             results = run_parts(config, "benchmark", parts)
             rows = [row for name in GROWTH for row in results.pop(name)]

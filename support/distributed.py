@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from support.files import short
+
 TIMEOUT = datetime.timedelta(minutes=10)  # a process that ends is missed at once; this is for one that hangs
 PATIENCE = datetime.timedelta(days=1)  # with one that does something before the others: a download may take long
 GRACE = 15  # seconds that a process whose torchrun was killed has for its last checkpoint
@@ -120,7 +122,7 @@ def apart() -> Iterator[None]:
 def launcher() -> list[str]:
     """What this machine's command line begins with, to start as many processes again."""
     if world_size() == 1:
-        return [sys.executable]
+        return [str(short(sys.executable))]
     command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # several machines
         names = {"nnodes": "GROUP_WORLD_SIZE", "node_rank": "GROUP_RANK"}

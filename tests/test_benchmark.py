@@ -76,13 +76,12 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
 
     GROWTH = benchmark.GROWTH
     monkeypatch.setattr(benchmark, "compare_steps", part("step", {"medians": {}}))
-    monkeypatch.setattr(benchmark, "compare_precisions", part("precision", {"auto": "fp32"}))
     monkeypatch.setattr(benchmark, "compare_pipeline", part("pipeline", {"ratio": 1.0}))
     monkeypatch.setattr(benchmark, "measure_growth", growth)
     with pytest.raises(SystemExit) as stop:
         run_main("studies.benchmark", "--output_dir", tmp_path)
     error = capsys.readouterr().err
-    assert stop.value.code == 130 and "stored: step, precision, pipeline, patch_size in" in error and "goes on" in error
+    assert stop.value.code == 130 and "stored: step, pipeline, patch_size in" in error and "goes on" in error
     assert not (tmp_path / "benchmark.json").exists()
     measured.clear()
     stop_at = None
@@ -92,7 +91,7 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
     assert results["pipeline"] == {"ratio": 1.0} and len(results["cost"]["rows"]) == 14
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "cost.png"}
     run_main("studies.benchmark", "--output_dir", tmp_path)  # begins anew: nothing is half done
-    assert measured[3:6] == ["step", "precision", "pipeline"]
+    assert measured[3:5] == ["step", "pipeline"]
 
 
 def test_parts_of_other_settings_are_measured_again(tmp_path):
@@ -117,3 +116,15 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
     assert together["ratios"].keys() == {"wall_seconds", "cpu_seconds"}
     with pytest.raises(SystemExit):
         run_main("studies.benchmark", "--contender", "nobody", "--output_dir", tmp_path)
+
+
+def test_each_preset_is_timed_in_both_precisions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PRESETS", ("default", "quick"))
+    turns = {}
+    monkeypatch.setattr(benchmark, "take_turns", lambda steps, _: turns.update(steps) or dict.fromkeys(steps, [0.2]))
+    run_main("studies.benchmark", "--precision", "--repeats", 1, "--output_dir", tmp_path)
+    stored = json.loads((tmp_path / "precision.json").read_text(encoding="utf-8"))
+    assert stored["speed_of_bf16_over_fp32"] == {"default": 1.0, "quick": 1.0} and stored["share_of_optimizer"] == 1.0
+    assert len(stored["medians"]) == 6 and stored["auto"] in ("fp32", "bf16")
+    assert "| quick, bf16 " in capsys.readouterr().out
+    turns["quick, fp32"](), turns["quick, bf16"]()

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_finished_run_with_other_hyperparameters_is_set_aside(tmp_path, capsys
     capsys.readouterr()
     run_main("train.py", *flags, "--lr", "0.5")
     said = capsys.readouterr().out.splitlines()
-    assert "and is now called mine_old1: " in said[2] and max(map(len, said[:2])) <= 80
+    assert "and is now called mine_old1 in " in said[2] and max(map(len, said[:2])) <= 80
     run_main("train.py", *flags, "--lr", "0.25")
     saved = {path.name for path in (tmp_path / "saved").iterdir()}
     assert saved == {f"mine{old}.{ending}" for old in ("", "_old1", "_old2") for ending in ("pt", "json", "csv")}
@@ -184,6 +185,21 @@ def test_an_interrupted_run_is_set_aside_and_can_go_on_under_its_new_name(tmp_pa
     run_main("train.py", "--resume", "--name", "mine_old1", "--output_dir", tmp_path)
     report = json.loads((tmp_path / "saved" / "mine_old1.json").read_text(encoding="utf-8"))
     assert report["results"]["epochs"] == 12 and (tmp_path / "figures" / "mine_old1_animation.gif").exists()
+
+
+def test_an_interrupted_run_does_not_take_a_finished_one_along(tmp_path, capsys, monkeypatch):
+    """A model that a run of the same name made before stays until another run ends and takes its place."""
+    flags = [*SMALL, "--name", "mine", "--epochs", "12", "--gif_frames", "0", "--output_dir", tmp_path]
+    run_main("train.py", *flags)
+    (tmp_path / "saved" / "mine.checkpoint").unlink()
+    before = [(tmp_path / "saved" / f"mine.{ending}").read_bytes() for ending in ("pt", "json")]
+    interrupt(tmp_path, "--epochs", "12", "--gif_frames", "0")
+    monkeypatch.setattr("runner.Runner.train", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run_main("train.py", *flags)
+    assert [(tmp_path / "saved" / f"mine.{ending}").read_bytes() for ending in ("pt", "json")] == before
+    assert (tmp_path / "saved" / "mine_old1.checkpoint").exists()
+    assert not (tmp_path / "saved" / "mine_old1.pt").exists()
 
 
 def test_what_begins_or_ends_where_a_run_goes_on_is_said_by_its_flag(tmp_path, capsys):

@@ -91,6 +91,11 @@ def import_class(where: str) -> type[nn.Module]:
     Raises:
         ValueError: there is no such file, or no such `nn.Module` in it.
     """
+    if ".py:" not in where:
+        raise ValueError(
+            f"--model {where}: that is for a class of your own, my_model.py:MyNet; a file that train.py wrote is given "
+            "as --checkpoint, or without a flag"
+        )
     file, _, name = where.rpartition(":")
     path = find_file(file).resolve()
     if not path.is_file():

@@ -36,7 +36,7 @@ class RunOptions:
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
     # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
     threads: int | None = None
-    # auto is bf16 on GPUs that have it, else fp32; on CPUs with AMX, too, bf16 is up to twice as fast
+    # auto is bf16 on GPUs and CPUs that compute in it (AMX, AVX-512 BF16), else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
     gif_frames: int = 40  # most pictures in the GIF, which has eight for one epoch and two for each other; 0: no GIF

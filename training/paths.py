@@ -66,12 +66,13 @@ class Paths:
             raise ValueError(f"another run named {self.name} is under way here: choose another --name") from None
         return lock
 
-    def set_aside(self) -> str:
-        """Rename all that a run of this name has written, so that nothing is lost; returns its new name."""
+    def set_aside(self, unfinished: bool = False) -> str:
+        """Rename what a run of this name has written, so that nothing is lost; returns its new name. Of an unfinished
+        run, the files of another that has finished are left where they are."""
         others = (Paths(self.root, f"{self.name}_old{number}") for number in itertools.count(1))
         other = next(paths for paths in others if not any(path.exists() for path in paths.files().values()))
         for what, path in self.files().items():
-            if path.exists():
+            if path.exists() and not (unfinished and what in ("model", "report", "attention", "gif")):
                 path.replace(other.files()[what])
         return other.name
 

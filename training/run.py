@@ -176,16 +176,20 @@ class Run:
         return self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
 
     def set_aside(self) -> None:
-        """Rename what an interrupted run of this name has written, or one that learned something else, before it is
+        """Rename what an interrupted run of this name has written, and one that learned something else, before it is
         overwritten. The same run again takes its place."""
-        paths, why = self.paths, None
+        paths, folder, why = self.paths, short(self.paths.model.parent), None
         try:
             interrupted = not read_checkpoint(paths.checkpoint)["results"]
         except CheckpointError:
             interrupted = paths.checkpoint.exists()  # what is damaged may be precious too
         if interrupted:
-            why = "an interrupted run"
-        elif paths.model.exists() or paths.report.exists():
+            name = paths.set_aside(unfinished=True)
+            print(
+                f"an interrupted run had the name {paths.name}\nand is now called {name} in {folder}; to go on with it:"
+            )
+            print(shlex.join([*self.launcher(), "--resume", "--name", name]))
+        if paths.model.exists() or paths.report.exists():
             try:
                 report = read_json(paths.report, schema.STORED_RUN)
                 same = same_hyperparameters(report["config"], self.config)
@@ -194,11 +198,7 @@ class Run:
             except CheckpointError:
                 why = "a model whose report is missing or damaged"
         if why:
-            name = paths.set_aside()
-            print(f"{why} had the name {paths.name}")
-            print(f"and is now called {name}: {short(Paths(paths.root, name).model.parent)}")
-            if why == "an interrupted run":
-                print(f"to go on with it: {shlex.join([*self.launcher(), '--resume', '--name', name])}")
+            print(f"{why} had the name {paths.name}\nand is now called {paths.set_aside()} in {folder}")
 
     def launcher(self) -> list[str]:
         """What starts this script again in the same way, without its flags."""
