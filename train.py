@@ -82,7 +82,7 @@ class Config(RunOptions):
     optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # muon for hidden matrices and filters, AdamW for the rest
     lr: float = 6e-3  # peak learning rate, after warm-up: muon's, see RATES for the others
     weight_decay: float = 0.05  # on matrices alone: muon's, see RATES for the others
-    momentum: float = 0.95  # part of the earlier gradients that is kept at each step; Adam's first beta
+    momentum: float = 0.95  # part of earlier gradients kept at each step: muon's, see RATES; Adam's first beta
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know
