@@ -191,7 +191,7 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     """Of each hyperparameter that cannot change anything in this run, the reason: "on a CNN"."""
     groups = cli.flag_groups(type(config))
     wanted = inspect.signature(find_model(config.model).__init__).parameters
-    what = "a timm model" if config.model.startswith("timm:") else MODEL_NAMES.get(config.model, config.model)
+    what = "a timm model" if config.model.startswith("timm:") else MODEL_NAMES.get(config.model, f"a {config.model}")
     found = {
         name: f"on {what}"
         for name, (title, _) in groups.items()
