@@ -154,7 +154,32 @@ def test_model_comparison_reads_the_study_when_it_is_there(copy, paired):
     assert "6 runs" in text and ("paired bootstrap" in text) == paired
     difference, low, high = map(float, re.search(r"ViT \(patch=4\): (\S+) \((\S+) to (\S+)\)", text).groups())
     assert low < difference < high and abs(difference - 10) < 1.5
-    assert "**ViT (patch=8)** is" in text and "points below **CNN**" in text
+    assert "**ViT (patch=8)** is worse than **CNN**" in text and "**ViT (patch=4)** is better than **CNN**" in text
+
+
+def test_model_comparison_says_no_more_than_the_p_values(copy):
+    path = copy / "figures" / "model_comparison.json"
+    study = json.loads(path.read_text(encoding="utf-8"))
+    for row in study["differences"]:
+        row["p_holm"] = 0.06
+    path.write_text(json.dumps(study), encoding="utf-8")
+    text = "\n".join(texts(execute(copy, "model_comparison")))
+    others = {row["title"] for row in study["differences"]}
+    assert all(f"**{name}** and **CNN** cannot be told apart" in text for name in others)
+    assert not re.search(r"is (better|worse) than", text)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_each_notebook_ends_with_exercises_whose_answers_are_hidden(name):
+    cells = nbformat.read(ROOT / "demos" / f"{name}.ipynb", as_version=4).cells
+    start = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
+    exercises = cells[start + 1 :]
+    assert 2 <= len(exercises) <= 3 and {cell.cell_type for cell in exercises} == {"markdown"}
+    hidden = re.compile(  # without the empty lines a web page shows the answer's Markdown as it is written
+        r"\*\*Exercise \d\.\*\* .+?\n\n<details><summary>Answer</summary>\n\n.+\n\n</details>", re.DOTALL
+    )
+    for cell in exercises:
+        assert hidden.fullmatch(cell.source) and cell.source.count("<details>") == 1
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
