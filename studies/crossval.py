@@ -104,11 +104,19 @@ def draw(reports: list[dict], accuracies: pd.Series, path: Path, title: str) -> 
     right.axhspan(mean - std, mean + std, color=LIGHT, lw=0)
     right.axhline(mean, color=DARK, lw=1.4)
     folds = range(len(reports))
-    right.plot(folds, 100 * accuracies, "o", color=BLUE, markersize=6)
-    right.set(xlabel="fold", xlim=(-0.6, len(reports) - 0.4))
+    right.plot(folds, 100 * accuracies, "o", color=BLUE, markersize=6, clip_on=False)
+    right.set(xlabel="fold", xlim=(-0.6, len(reports) - 0.4), ylim=limits(100 * accuracies))
     right.set_xticks(folds if len(reports) <= 10 else range(0, len(reports), 5))
     save_figure(figure, path)
     return figure
+
+
+def limits(percentages: pd.Series) -> tuple[float, float]:
+    """Of an axis at least ten points high, so that folds which hardly differ look like it."""
+    mean = percentages.mean()
+    half = max(5, 1.2 * (percentages - mean).abs().max())
+    low = max(0, min(mean - half, 100 - 2 * half))
+    return low, min(low + 2 * half, 100)
 
 
 if __name__ == "__main__":

@@ -114,20 +114,24 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def draw(table: pd.DataFrame, path: Path, config: Config) -> Figure:
-    """Test accuracy by the number of labelled images, a line for each start, with standard deviations over seeds."""
+    """Test accuracy by the number of labelled images, a line for each start, with standard deviations over
+    seeds where there are several."""
     source, target = (task.replace(",", ", ") for task in TASKS[config.dataset])
     note = f"{config.dataset}: first {source}; then {target}"
     figure = new_figure(760, 470, "Does it help to have seen other pictures first?", note)
     axes = add_axes(figure, 66, 92, 660, 320)
+    least, most = table["runs"].min(), table["runs"].max()
     for start, description in STARTS.items():
         rows = table[table["start"] == start].sort_values("images")
         style = {"color": COLOURS[start], "marker": "o", "lw": 2, "markersize": 5, "capsize": 3, "label": description}
-        axes.errorbar(rows["images"], 100 * rows["accuracy"], 100 * rows["std"], **style)
+        spread = 100 * rows["std"] if most > 1 else None  # no bars in the legend either, where there are none
+        axes.errorbar(rows["images"], 100 * rows["accuracy"], spread, **style)
     ticks = sorted(table["images"].unique())
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{images:,}" for images in ticks])
     axes.set_xticks([], minor=True)
-    over = f", mean ± standard deviation of {config.seeds} runs" if config.seeds > 1 else ", one run each"
+    count = most if least == most else f"{least} to {most}"
+    over = f", mean ± standard deviation of {count} runs" if most > 1 else ", one run each"
     axes.set(xlabel="labelled images of the target classes", ylabel=f"test accuracy, %{over}")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(STARTS), columnspacing=1.2)
     axes.grid(axis="y")

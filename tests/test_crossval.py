@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import run_main
 from PIL import Image
 
 from setup_cifar import DataError
+from studies import crossval
 
 
 def rows(split):
@@ -99,3 +101,12 @@ def test_folds_of_a_folder_that_has_changed_between_them_are_not_averaged(tmp_pa
     with pytest.raises(SystemExit) as stop:
         run_main("studies.crossval", *flags)
     assert stop.value.code == 2 and "have changed since a fold was trained" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("percentages", [[75.3, 74.5, 73.8], [99.9, 100, 100], [0, 0.2], [40, 80, 60], [0, 100]])
+def test_folds_that_hardly_differ_look_like_it(percentages, tmp_path):
+    reports = [{"metrics": {"val_accuracy": [0.1, value / 100]}} for value in percentages]
+    accuracies = pd.Series(percentages) / 100
+    _, right = crossval.draw(reports, accuracies, tmp_path / "crossval.png", "").axes
+    low, high = right.get_ylim()
+    assert high - low >= 10 - 1e-9 and 0 <= low <= min(percentages) and max(percentages) <= high + 1e-9 <= 100 + 1e-8

@@ -1,4 +1,4 @@
-"""Characters that the font of figures lacks: drawn by another font, or replaced and said so once."""
+"""Characters that the font of figures lacks: drawn by another font, or replaced and said so once. The architecture."""
 
 import io
 import warnings
@@ -13,7 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import utils
 from images.sheets import draw_samples
+from network import VisionTransformer
+from studies import architecture
 from support import figures
+from training.trained import load_model, sample_images
 
 NAMES = ["cat", "кот", "Größe, 50 %", "中文"]  # the default font has all but the last
 
@@ -113,3 +116,28 @@ def test_an_installed_font_draws_them(tmp_path, capsys, monkeypatch, listed):
 def test_fonts_are_not_looked_at_for_plain_names(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "_lacking", None)  # to call it would be an error
     assert sheet_labels(tmp_path / "sheet.png", ["cat", "dog"])[1].get_text() == "dog"
+
+
+def test_the_architecture_names_the_sizes_of_the_model_and_no_text_covers_another(tmp_path):
+    architecture.main(["--output_dir", str(tmp_path)])
+    assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
+    model = load_model("saved/VisionTransformer.pt")
+    drawing = architecture.draw(model, sample_images(model)[0][architecture.IMAGE])
+    draw(drawing)
+    written = [text for axes in drawing.axes for text in axes.texts if text.get_text()]
+    texts = [text.get_text() for text in written]
+    assert {"LayerNorm", "attention\n4 heads\nof 16", "MLP\n64 → 256\nGELU\n256 → 64"} < set(texts)
+    assert {"picture\n3 × 32 × 32", "8 × 8 patches\nof 3 × 4 × 4", "64 tokens\nof 64"} < set(texts)
+    assert "transformer block, × 4" in texts and texts.count("LayerNorm") == 3
+    assert sum(float(text.removesuffix(" %")) for text in texts if text.endswith(" %")) == pytest.approx(100, abs=3)
+    assert {"airplane", "cat", "truck"} < set(texts)
+    boxes = [text.get_window_extent() for text in [*written, *drawing.texts]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= drawing.bbox.width for box in boxes)
+
+    other = VisionTransformer(hidden_size=48, num_heads=6, num_blocks=3, patch_size=8, mlp_ratio=2.0, pooling="mean")
+    other.metadata = {"mean": [0.5] * 3, "std": [0.25] * 3, "classes": list("abcdefghij")}
+    drawing = architecture.draw(other, torch.zeros(3, 32, 32, dtype=torch.uint8))
+    texts = " ".join(text.get_text() for axes in drawing.axes for text in axes.texts)
+    for size in ("4 × 4 patches", "192 → 48", "16 tokens", "× 3", "6 heads\nof 8", "48 → 96", "48 → 10", "10 %"):
+        assert size in texts

@@ -178,3 +178,20 @@ def test_the_names_of_all_classes_are_those_of_the_data(digits):
 def test_cifar10s_animals_and_vehicles_are_its_classes(cifar10):
     source, target = (task.split(",") for task in transfer.TASKS["cifar10"])
     assert sorted(source + target) == sorted(cifar10.classes)
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "said"),
+    [(1, 1, "one run each"), (2, 2, "standard deviation of 2 runs"), (2, 1, "standard deviation of 1 to 2 runs")],
+)
+def test_error_bars_are_promised_only_where_there_are_several_runs(few, many, said, tmp_path):
+    stored = [
+        {"images": images, "start": start, "accuracy": 0.5 + 0.1 * seed}
+        for images, count in ((46, few), (456, many))
+        for seed in range(count)
+        for start in transfer.STARTS
+    ]
+    figure = transfer.draw(transfer.summarise(stored), tmp_path / "transfer.png", transfer.Config(dataset="digits"))
+    (axes,) = figure.axes
+    assert [container.has_yerr for container in axes.containers] == [few > 1] * len(transfer.STARTS)
+    assert axes.get_ylabel().endswith(said)
