@@ -294,9 +294,10 @@ def main(args: list[str] | None = None) -> None:
         print(f"  sample sheet: {sheet}")
         if config.augmentations:
             sheet = folder / f"augmentations{'' if data.name == 'cifar10' else '_' + data.name}.png"
-            one_of_each = [(data.train.labels == label).nonzero()[0, 0] for label in range(len(data.classes))]
-            first = torch.stack(one_of_each[:9])
-            images, labels = data.train.images[first], data.train.labels[first]
+            # the seventh: of CIFAR-10's first ones, the cat cannot be told
+            one_of_each = [(data.train.labels == label).nonzero()[:7][-1, 0] for label in range(len(data.classes))]
+            shown = torch.stack(one_of_each[:10])
+            images, labels = data.train.images[shown], data.train.labels[shown]
             draw_augmentations(images, labels, data.classes, sheet, data.flip, data.mean)
             print(f"  augmentations: {sheet}")
 

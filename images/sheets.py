@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from images.augment import NAMES, Augmentation
+from images.augment import NAMES, Augmentation, Draws
 from support.figures import add_axes, add_text, new_figure, save_figure
+
+VISIBLE = 12  # of 255: mean change of a pixel from which on one sees that an image was changed
 
 
 def draw_samples(
@@ -47,25 +49,35 @@ def draw_augmentations(
     path: str | Path,
     flip: bool,
     mean: list[float],
-    seed: int = 0,
+    seed: int = 22,
 ) -> Figure:
     """Save a sheet with what each augmentation makes of the same images as a PNG, one row for each name.
 
+    Chance is drawn anew until it can be seen: some augmentations leave half of the images as they are.
+
     Args:
-        images: uint8 `(n, 3, h, w)`, a column each; nine fill the width of a page.
+        images: uint8 `(n, 3, h, w)`, a column each; ten fill the width of a page.
         labels: int64 `(n,)`, indices into `classes`.
         flip, mean: as of `Augmentation`.
+        seed: by default one with which no example of CIFAR-10 is blank and each mixture is mostly its own column
     """
     headings = {"none": 16, "mixup": 30, "cutmix": 30}  # room above a row for labels, of one line or of two
     tile, gap, margin = 88, 6, 124
-    height = 40 + sum(tile + gap + headings.get(name, 0) for name in NAMES)
-    figure = new_figure(margin + len(images) * (tile + gap) + gap, height, dpi=200)
-    add_text(figure, 14, 26, "What each augmentation makes of the same images", size=13, weight="bold")
-    top = 40
+    height = 60 + sum(tile + gap + headings.get(name, 0) for name in NAMES)
+    note = "chance was drawn until it changed something; each row but the first begins with the crops of the second"
+    width = margin + len(images) * (tile + gap) + gap
+    figure = new_figure(width, height, "What each augmentation makes of the same images", note)
+    top, random = 60, torch.Generator().manual_seed(seed)
+    before = draws = None
     for name in NAMES:
         augmentation = Augmentation(name, len(classes), flip, padding=images.shape[-1] // 8, mean=mean)
-        draws = augmentation.draw(len(images), 1, torch.Generator().manual_seed(seed))
-        pixels, targets = augmentation.apply(images, labels, draws, torch.arange(len(images)), 0)
+        draws = draws or augmentation.draw(len(images), 1, random)
+        if name == "none":
+            pixels, targets = images, labels
+        else:
+            draws, pixels, targets = _draw_visibly(name, augmentation, images, labels, draws, before, random)
+        if name in ("none", "crop_flip"):
+            before = pixels
         pixels = pixels.float().div(255).permute(0, 2, 3, 1).numpy()
         top += headings.get(name, 0)
         add_text(figure, 14, top + tile / 2 + 4, name, size=9.5)
@@ -79,6 +91,31 @@ def draw_augmentations(
         top += tile + gap
     save_figure(figure, path)
     return figure
+
+
+def _draw_visibly(
+    name: str,
+    augmentation: Augmentation,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    draws: Draws,
+    before: torch.Tensor,
+    random: torch.Generator,
+) -> tuple[Draws, torch.Tensor, torch.Tensor]:
+    """Draws of what this augmentation decides by chance that make every image differ from `before`, if some of 50 do;
+    then the images and labels that they give."""
+    decided = {"crop_flip": ("offsets", "mirrored"), "mixup": ("batch_seeds",), "cutmix": ("batch_seeds",)}
+    draws = draws._replace(image_seeds=augmentation.draw(len(images), 1, random).image_seeds)  # no row like the last
+    for _ in range(50):
+        pixels, targets = augmentation.apply(images, labels, draws, torch.arange(len(images)), 0)
+        unchanged = (pixels.float() - before.float()).abs().mean(dim=(1, 2, 3)) < VISIBLE
+        if not unchanged.any():
+            break
+        new = augmentation.draw(len(images), 1, random)._asdict()
+        for field in decided.get(name, ("image_seeds",)):
+            again = unchanged.any() if field == "batch_seeds" else unchanged
+            draws = draws._replace(**{field: torch.where(again, new[field], getattr(draws, field))})
+    return draws, pixels, targets
 
 
 def _describe_target(target: torch.Tensor, classes: list[str]) -> str:

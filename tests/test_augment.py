@@ -245,14 +245,18 @@ def test_the_sheet_of_augmentations(digits, tmp_path, monkeypatch, capsys):
     name, figure = drawn[-1]
     assert name == "augmentations_digits.png"
     shown = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(shown) == 9 * len(NAMES)
-    first = [digits.train.labels.tolist().index(label) for label in range(9)]
-    images = digits.train.images[torch.tensor(first)].permute(0, 2, 3, 1).numpy() / 255
-    np.testing.assert_allclose(np.stack(shown[:9]), images, atol=1e-6)
+    assert len(shown) == 10 * len(NAMES)
+    seventh = [(digits.train.labels == label).nonzero()[6].item() for label in range(10)]
+    images = digits.train.images[torch.tensor(seventh)].permute(0, 2, 3, 1).numpy() / 255
+    rows = np.stack(shown).reshape(len(NAMES), *images.shape)
+    np.testing.assert_allclose(rows[0], images, atol=1e-6)
+    befores = [rows[0], *[rows[1]] * (len(NAMES) - 2)]  # all else is done to what is cropped
+    for before, after in zip(befores, rows[1:], strict=True):
+        assert (abs(after - before).mean(axis=(1, 2, 3)) > 0.02).all()  # something can be seen in every example
     texts = {text.get_text() for text in figure.texts}
-    assert {*NAMES, *"012345678"} < texts
+    assert {*NAMES, *"0123456789"} < texts
     mixtures = [text for text in texts if "%" in text]
-    assert len(mixtures) == 18
+    assert len(mixtures) == 20
     for text in mixtures:
         assert sum(int(line.split(" % ")[0]) for line in text.splitlines()) == pytest.approx(100, abs=1)
 
