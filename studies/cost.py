@@ -57,7 +57,7 @@ def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None
     for column, name in enumerate(GROWTH):
         label, sizes = axis_of(name)
         for line, (quantity, (unit, scale, color)) in enumerate(QUANTITIES.items()):
-            axes = utils.add_axes(figure, 62 + 240 * column, 80 + 190 * line, 170, 140)
+            axes = utils.add_axes(figure, 76 + 236 * column, 80 + 190 * line, 166, 140)
             values = [scale * row[quantity] for row in rows if row["varied"] == name]
             axes.loglog(sizes, values, "o-", color=color)
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
