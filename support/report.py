@@ -135,16 +135,11 @@ def shorten(text: str, length: int) -> str:
 
 def instruction_sets() -> list[str]:
     """Of those that decide how fast products are computed, the ones that torch uses on this CPU."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return []
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    has = {
-        "AVX2": torch.cpu._is_avx2_supported(),
-        "AVX-512": wide and torch.cpu._is_avx512_supported(),
-        "AVX-512 BF16": wide and torch.cpu._is_avx512_bf16_supported(),
-        "AMX": wide and torch.cpu._is_amx_tile_supported(),
-    }
-    return [name for name, there in has.items() if there]
+    used = torch.backends.cpu.get_cpu_capability()
+    if not used.startswith("AVX512"):
+        return ["AVX2"] if used == "AVX2" else []
+    wide = {"AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
+    return ["AVX2", "AVX-512", *(name for name, there in wide.items() if there)]
 
 
 def provenance() -> dict:

@@ -103,6 +103,8 @@ def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
     filters, and left the momentum as each optimiser has it."""
     stored = {name: value for name, value in stored.items() if not isinstance(value, list | dict)}
     stored = {"whiten": False, "momentum": 0.95 if stored.get("optimizer") == "muon" else 0.9, **stored}
+    if folds := stored.pop("folds", None):
+        stored["fold"] = f"{stored.get('fold')}/{folds}"
     words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
     words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
     return {
@@ -190,7 +192,8 @@ def drop_without_effect(config, data: Dataset) -> None:
 def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     """Of each hyperparameter that cannot change anything in this run, the reason: "on a CNN"."""
     groups = cli.flag_groups(type(config))
-    wanted = inspect.signature(find_model(config.model).__init__).parameters
+    model = find_model(config.model)
+    wanted = inspect.signature(model.__init__).parameters
     what = "a timm model" if config.model.startswith("timm:") else MODEL_NAMES.get(config.model, f"a {config.model}")
     found = {
         name: f"on {what}"
@@ -202,7 +205,7 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
         found.update({name: reason for name in names.split() if applies and name not in found})
 
     add("tokenizer_depth", "with --tokenizer patch", config.tokenizer == "patch")
-    add("whiten", f"on {what}", not hasattr(find_model(config.model), "whiten"))
+    add("whiten", f"on {what}", not hasattr(model, "whiten"))
     add("whiten", "with --tokenizer conv", config.tokenizer == "conv")
     add("whiten", "with --init_from", bool(config.init_from))
     add("monitor min_improvement", "without --patience", not config.patience)

@@ -152,11 +152,8 @@ def results_until_now(runner: dict) -> dict:
 
 def hyperparameters(config: dict, defaults: dict, path: Path) -> dict[str, Any]:
     """All that counts of a config, with the default of what an earlier version did not have, spelled as it is now."""
-    folds, config = config.get("folds"), in_todays_words(config)
-    config.pop("folds", None)
+    config = in_todays_words(config)
     if config.get("dataset") == "auto":
         config["dataset"] = "digits" if path.stem.endswith("_digits") else "cifar10"
-    if folds:
-        config["fold"] = f"{config.get('fold') or 0}/{folds}"
     merged = {name: value for name, value in {**defaults, **config}.items() if name not in NOT_LEARNED}
     return {name: str(value) if isinstance(value, list | tuple | dict) else value for name, value in merged.items()}
