@@ -55,10 +55,10 @@ def clock_unit(seconds: float) -> tuple[float, str]:
     return (60, "minutes") if seconds > 300 else (1, "seconds")
 
 
-def logarithmic_time(axes: Axes, subs: tuple[int, ...] = (1, 2, 5)) -> None:
-    """A logarithmic axis with ticks at these multiples of the powers of ten."""
+def logarithmic_time(axes: Axes) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5 times the powers of ten."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -67,53 +67,40 @@ def logarithmic_time(axes: Axes, subs: tuple[int, ...] = (1, 2, 5)) -> None:
 
 
 def draw_curves(runs: list[Run], dataset: str) -> Figure:
-    """Validation accuracy and loss by optimiser step and by training time; a column for each recipe.
+    """Validation accuracy and loss by optimiser step; a column for each recipe.
 
     Lines are means over seeds, bands reach from the lowest to the highest.
     """
     recipes = list(dict.fromkeys(run.recipe for run in runs))
-    unit, unit_name = clock_unit(max(run.report["val_seconds"][-1] for run in runs))
+    height = 900
     title = f"Validation on {dataset}, mean and range over seeds"
-    figure = new_figure(max(70 + 440 * len(recipes), 620), 1132, title)
-    panels = add_panels(figure, 66 if len(recipes) > 1 else 84, 4, len(recipes), sharex="row", sharey="row")
-    labels = {
-        "accuracy": "accuracy, %",
-        "loss": "loss",
-        "step": "optimiser step",
-        "time": f"training time, {unit_name}",
-    }
-    kinds = [("accuracy", "step"), ("accuracy", "time"), ("loss", "step"), ("loss", "time")]
-    for (metric, against), row in zip(kinds, panels, strict=True):
-        row[0].set_ylabel(labels[metric])
+    figure = new_figure(max(70 + 440 * len(recipes), 620), height, title)
+    panels = add_panels(figure, 66 if len(recipes) > 1 else 84, 2, len(recipes), sharex=True, sharey="row")
+    for metric, label, row in zip(("accuracy", "loss"), ("accuracy, %", "loss"), panels, strict=True):
+        row[0].set_ylabel(label)
         for recipe, axes in zip(recipes, row, strict=True):
             for (its_recipe, model), members in group(runs).items():
                 if its_recipe == recipe:
-                    draw_curve(axes, members, model, metric, against, unit)
+                    draw_curve(axes, members, model, metric)
             axes.grid()
-            axes.set_xlabel(labels[against])
-            if against == "time":
-                logarithmic_time(axes, (1, 3))
-            else:
-                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    for recipe, axes in zip(recipes, panels[0], strict=True):
-        axes.set_title(f"recipe: {recipe}", **BOLD)
+    for recipe, top, bottom in zip(recipes, *panels, strict=True):
+        top.set_title(f"recipe: {recipe}", **BOLD)
+        bottom.set_xlabel("optimiser step")
+        bottom.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lines = {line.get_label(): line for axes in panels[0] for line in axes.get_lines()}
-    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 36 / 1132), "ncols": 7 if len(recipes) > 1 else 4}
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 36 / height), "ncols": 7 if len(recipes) > 1 else 4}
     figure.legend(lines.values(), lines, **place, handletextpad=0.4, columnspacing=1.2)
     return figure
 
 
-def draw_curve(axes: Axes, runs: list[Run], model: str, metric: str, against: str, unit: float) -> None:
+def draw_curve(axes: Axes, runs: list[Run], model: str, metric: str) -> None:
     values = np.array([run.report["metrics"][f"val_{metric}"] for run in runs]) * (100 if metric == "accuracy" else 1)
-    if against == "step":
-        x = runs[0].report["metrics"]["val_step"]
-    else:
-        x = np.mean([run.report["val_seconds"] for run in runs], axis=0) / unit
+    steps = runs[0].report["metrics"]["val_step"]
     color, marker = STYLES[model]
-    axes.plot(x, values.mean(axis=0), color=color, marker=marker, markersize=3.5, lw=1.5, label=runs[0].title)
+    axes.plot(steps, values.mean(axis=0), color=color, marker=marker, markersize=3.5, lw=1.5, label=runs[0].title)
     if len(runs) > 1:
-        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
 
 
 # ------------------------------------------------------------------------------------------------------- bootstrap
