@@ -46,6 +46,7 @@ class Config:
     batch_size: int = 500  # images at a time
     ensemble: bool = False  # also the mean of the models' probabilities, against each of them
     flip: bool = False  # every answer is the mean of the probabilities of an image and of its mirror image
+    shift: bool = False  # ... and of the image moved by a pixel to the upper left and to the lower right
 
     # runs side by side
     runs: tuple[str, ...] = ()  # in place of models: reports, checkpoints, folders of them, or saved/*.json
@@ -63,6 +64,7 @@ def main(args: list[str] | None = None) -> None:
             show(config.runs, asdict(train.Config()), config.sort, config.each, folder)
             return
         device = choose_device(config.device)
+        viewed = title_of_views(config)
         models = [load_model(path, device, config.model) for path in config.models]
         if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
             raise ValueError("--flip is not for digits: a mirrored digit is another sign")
@@ -72,20 +74,20 @@ def main(args: list[str] | None = None) -> None:
         for model, path, name in zip(models, config.models, names, strict=True):
             others = models if config.ensemble else ()  # all are tested on the same images
             loader = test_loader(model, config.data_dir, config.batch_size, device, others)
-            if loader.num_images < 2 and (config.ensemble or config.flip):
-                raise ValueError("--ensemble and --flip compare answers, which takes two test images or more")
-            answers.append(Answers(name, *predict(model, loader, config.flip)))
-            title = model.title + FLIPPED * config.flip
-            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix_of(name, config))
-            if config.flip:
-                plain = Answers(f"{name}, not mirrored", *predict(model, loader))
+            if loader.num_images < 2 and (config.ensemble or viewed):
+                raise ValueError("--ensemble, --flip and --shift compare answers, which takes two test images or more")
+            answers.append(Answers(name, *predict(model, loader, config.flip, config.shift)))
+            evaluate(answers[-1], loader.images, path, model.title + viewed, model.metadata, prefix_of(name, config))
+            if viewed:
+                plain = Answers(name, *predict(model, loader))
                 gain = compare([plain], answers[-1])[0]
                 low, high = gain["bca"]
-                print(f"mirroring: {points(gain['difference'])} points ({points(low)} to {points(high)})")
+                change = f"{points(gain['difference'])} points ({points(low)} to {points(high)})"
+                print(f"without {viewed.removeprefix(', with ')}: {gain['accuracy']:.2%}; they give {change}")
         if config.ensemble:
             together = average(answers, "ensemble")
             metadata = models[0].metadata
-            title = f"Ensemble of {len(models)}" + FLIPPED * config.flip
+            title = f"Ensemble of {len(models)}" + viewed
             suffix = "" if metadata["dataset"] == "cifar10" else f"_{metadata['dataset']}"
             prefix = prefix_of(together.name + suffix, config)
             evaluate(together, loader.images, " ".join(config.models), title, metadata, prefix)
@@ -98,8 +100,8 @@ def check(config: Config, names: list[str]) -> None:
         ValueError: what was asked for cannot be done.
     """
     if config.runs:
-        if names or config.ensemble or config.flip:
-            raise ValueError("--runs shows what is stored of runs: give models, --ensemble and --flip without it")
+        if names or config.ensemble or config.flip or config.shift:
+            raise ValueError("--runs shows what is stored of runs: models, --ensemble, --flip and --shift go without it")
         return
     if config.each or config.sort != Config.sort:
         raise ValueError("--sort and --each are for --runs")
@@ -115,11 +117,14 @@ def check(config: Config, names: list[str]) -> None:
         raise ValueError("a file of the name ensemble would have its figures overwritten: rename it")
 
 
-FLIPPED = ", with mirror images"  # in titles
+def title_of_views(config: Config) -> str:
+    """What a title says of --flip and --shift."""
+    views = ["mirror images"] * config.flip + ["shifts"] * config.shift
+    return ", with " + " and ".join(views) if views else ""
 
 
 def prefix_of(name: str, config: Config) -> Path:
-    return figures_folder(config.output_dir) / (name + "_flip" * config.flip)
+    return figures_folder(config.output_dir) / (name + "_flip" * config.flip + "_shift" * config.shift)
 
 
 class Answers(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -135,18 +136,28 @@ def not_trained_on(data: Dataset, models: list[Model]) -> Split:
 
 
 @torch.no_grad()
-def predict(model: Model, loader: ImageLoader, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` each image's are the logarithm of
-    its and its mirror image's mean probabilities."""
-
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        return mean_probabilities([model(images), model(images.flip(-1))]) if flip else model(images)
-
-    batches = [
-        (logits_of(images).cpu(), labels.cpu()) for images, labels in tqdm(loader, "testing", unit="batch", leave=False)
-    ]
-    logits, labels = zip(*batches, strict=True)
+def predict(
+    model: Model, loader: ImageLoader, flip: bool = False, shift: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` or `shift` each image's are the
+    logarithm of the mean probabilities of its `views`."""
+    logits, labels = [], []
+    for images, batch_labels in tqdm(loader, "testing", unit="batch", leave=False):
+        answers = [model(view) for view in views(images, flip, shift)]
+        logits.append((mean_probabilities(answers) if flip or shift else answers[0]).cpu())
+        labels.append(batch_labels.cpu())
     return torch.cat(logits), torch.cat(labels)
+
+
+def views(images: torch.Tensor, flip: bool, shift: bool) -> list[torch.Tensor]:
+    """These images `(n, 3, h, w)`, with `shift` also moved by a pixel to the upper left and to the lower right, the edge
+    reflected (Jordan 2024), and with `flip` all of them mirrored too."""
+    seen = [images]
+    if shift:
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        seen += [padded[..., 2:, 2:], padded[..., :height, :width]]
+    return seen + [view.flip(-1) for view in seen] * flip
 
 
 def mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
