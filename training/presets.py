@@ -31,16 +31,17 @@ PRESETS = {
     },
     # the same with fewer than 300,000 parameters, and long enough to make up for it
     "small": {
-        "epochs": 150,
+        "epochs": 120,
         "augment": "random_erasing",
-        "tokenizer": "conv",
+        "tokenizer": "whitened",
         "tokenizer_depth": 2,
         "patch_size": 8,
-        "hidden_size": 96,
-        "num_heads": 3,
-        "num_blocks": 2,
+        "hidden_size": 104,
+        "num_heads": 4,
+        "num_blocks": 1,
         "mlp_ratio": 1.5,
         "lr": 6e-3,
-        "weight_decay": 0.05,
+        "weight_decay": 0.1,
+        "momentum": 0.9,
     },
 }
