@@ -89,7 +89,7 @@ class Run:
         self.title = f"{model.title} on {data.name}{chosen}"
         processes = f", in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
         size = f"{num_parameters(model):,} parameters, {len(data.train):,} images"
-        print(f"{self.title}: {size}, on {self.device}{processes}", flush=True)
+        print(f"{self.title}: {size}, on {self.device} in {config.precision}{processes}", flush=True)
         if not len(data.val):
             print("nothing is validated, so nothing can be chosen: all images are trained on")
         elif len(data.val) < FEW:
