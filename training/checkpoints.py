@@ -154,6 +154,13 @@ def read_checkpoint(path: Path) -> dict:
     return read_file(path, schema.CHECKPOINT, "is no whole checkpoint of a run")
 
 
+def nothing_to_resume(path: Path) -> CheckpointError:
+    """There is no such checkpoint; which there are."""
+    others = sorted(other.stem for other in path.parent.glob("*.checkpoint") if is_checkpoint(other, interrupted=True))
+    listed = "; interrupted runs are there of --name " + ", ".join(others) if others else ""
+    return CheckpointError(f"there is no {path} to resume from: run without --resume for a new run{listed}")
+
+
 def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
     """Whether there is a whole checkpoint at `path`; with `interrupted`, of a run that has not ended."""
     try:

@@ -15,7 +15,7 @@ from images.loader import Dataset, join_names, split_names
 from support import cli, distributed, schema
 from support.files import CheckpointError, find_file, home
 from support.report import read_json
-from training.checkpoints import read_checkpoint
+from training.checkpoints import nothing_to_resume, read_checkpoint
 from training.models import find_model
 
 
@@ -80,7 +80,7 @@ def stored_values(config) -> dict[str, Any]:
         elif report.exists():
             path, stored = report, read_json(report, schema.STORED_RUN)["config"]
         else:
-            return {}
+            raise nothing_to_resume(path)
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
     else:
         return {}

@@ -21,7 +21,7 @@ from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
 from support.report import provenance, read_json, write_json
 from training.callbacks import Clock, EarlyStopping, ProgressBar
-from training.checkpoints import Checkpoints, is_checkpoint, read_checkpoint
+from training.checkpoints import Checkpoints, nothing_to_resume, read_checkpoint
 from training.live import Frames, LiveResults, TensorBoard
 from training.options import hyperparameters, name_of, same_hyperparameters
 from training.parallel import OwnNumbers, ParallelRunner
@@ -164,12 +164,7 @@ class Run:
                     f"the run {self.paths.name} has ended, and its checkpoint was deleted: it cannot go on "
                     "(--keep_checkpoint would have kept it)"
                 )
-            folder = self.paths.checkpoint.parent
-            others = sorted(path.stem for path in folder.glob("*.checkpoint") if is_checkpoint(path, interrupted=True))
-            listed = "; interrupted runs are there of --name " + ", ".join(others) if others else ""
-            raise CheckpointError(
-                f"there is no {self.paths.checkpoint} to resume from: run without --resume for a new run{listed}"
-            )
+            raise nothing_to_resume(self.paths.checkpoint)
         groups = cli.flag_groups(type(self.config))
         images = {name for name, (title, _) in groups.items() if title == "data"}
         free = {name for name in groups if name not in self.hyperparameters}

@@ -150,7 +150,7 @@ def predict(
 
 
 def views(images: torch.Tensor, flip: bool, shift: bool) -> list[torch.Tensor]:
-    """These images `(n, 3, h, w)`, with `shift` also moved by a pixel to the upper left and to the lower right, the edge
+    """These images `(n, 3, h, w)`, with `shift` also moved by a pixel to the upper left and to the lower right, edges
     reflected (Jordan 2024), and with `flip` all of them mirrored too."""
     seen = [images]
     if shift:
