@@ -205,6 +205,13 @@ def test_pointing_at_a_patch_draws_its_attention(tmp_path, show, kind):
             shown = table(browser, number)
             assert np.abs(shown - row).max() <= error + 0.0051, (view, canvas)
             assert shown.shape == row.shape
+    browser.find_element(By.ID, "fit").click()  # the scale of this patch alone
+    ActionChains(browser).move_to_element(square).perform()
+    row, column = expected[patch + cls, cls:], expected[:, patch + cls]
+    top, stored_step = max(2, column.max(), expected[patch + cls].max()), 0.5 * math.sqrt(expected.max())
+    for canvas, values in (("looks", row), ("looked", column[cls:])):
+        places = 255 * np.sqrt(values / top)
+        assert np.abs(drawn(browser, canvas, model) - places).max() < 0.51 + stored_step / math.sqrt(top) + 0.01
     assert error < 0.005 * max(expected.max() for expected in [*maps["attention"], maps["rollout"], maps["relevance"]])
 
 
@@ -262,10 +269,10 @@ def test_names_and_classes_are_shown_as_they_are_and_not_run(tmp_path, show):
     evil = "</script><script>document.title='gone'</script><img src=x onerror=\"document.title='gone'\">"
     classes = [evil, "{{data}}", "<!--", *CIFAR10[3:]]
     model = vit(classes)
-    attention_page.write_page(model, noise(model, 1), tmp_path / "page.html", names=[f"<script>{{{{js}}}}&amp;{evil}"])
+    attention_page.write_page(model, noise(model, 1), tmp_path / "page.html", names=[f"<script>{{{{css}}}}&amp;{evil}"])
     browser = show(tmp_path / "page.html")
-    assert browser.title.startswith("Where does it look?") and len(browser.find_elements(By.TAG_NAME, "script")) == 2
-    assert texts(browser, "#picture-title") == [f"<script>{{{{js}}}}&amp;{evil}"]
+    assert browser.title.startswith("Where does it look?") and len(browser.find_elements(By.TAG_NAME, "script")) == 3
+    assert texts(browser, "#picture-title") == [f"<script>{{{{css}}}}&amp;{evil}"]
     assert any(row.startswith(evil) for row in texts(browser, "#bars li"))
 
 
@@ -277,7 +284,7 @@ def test_all_of_it_by_keyboard(tmp_path, show):
     attention_page.write_page(model, noise(model), tmp_path / "page.html", torch.tensor([0, 1, 2]))
     browser = show(tmp_path / "page.html")
     visited = []
-    for _ in range(12):
+    for _ in range(13):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         active = browser.switch_to.active_element
         group = browser.execute_script("return arguments[0].closest('fieldset, [role=grid], details, [id]').id", active)
@@ -287,7 +294,7 @@ def test_all_of_it_by_keyboard(tmp_path, show):
         assert browser.execute_script(outline, active) != "0px", f"{visited[-1]} does not show that it has the focus"
         if active.get_attribute("role") == "gridcell":
             break
-    assert visited == ["themes", "images", "views", "heads", "opacity", "cells"]
+    assert visited == ["themes", "images", "views", "heads", "opacity", "fit", "cells"]
     ActionChains(browser).send_keys(Keys.HOME, Keys.PAGE_UP).perform()
     assert browser.execute_script("return chosen") == 1  # after the CLS token
     ActionChains(browser).send_keys(
@@ -519,10 +526,9 @@ def test_a_model_without_attention_is_refused(tmp_path, run):
 
 def test_the_committed_page_is_of_the_committed_model_and_of_this_code():
     path, again = ROOT / "figures" / "attention.html", "write it again: python explain.py --page"
-    text = path.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert path.stat().st_size < 3_000_000
-    for kind in ("css", "js"):
-        assert attention_page.PARTS.with_suffix(f".{kind}").read_text(encoding="utf-8") in text, again
+    assert all(text in page for part, text in attention_page.read_parts().items() if part != "html"), again
     data, model = stored(path), load_model(ROOT / "saved" / "VisionTransformer.pt")
     assert data["notes"] == [] and len(data["images"]) == 24 and data["heads"] == model.config["num_heads"], again
     sheet, of_sheet = read_sheet()

@@ -1,7 +1,7 @@
 """A page to look at attention: one HTML file with the pictures, what a ViT says of them, and where its tokens look.
 
-The page is attention_page.html with attention_page.css and attention_page.js beside it put in, and the numbers as JSON.
-It loads nothing and needs no server.
+The page is attention_page.html with the style and the two scripts beside it put in, and the numbers as JSON. It loads
+nothing and needs no server.
 
 Numbers are multiples of uniform: 1 is what a token would get if all got the same. Each map, a table `(tokens, tokens)`
 of one image, is stored in 8 bits as the root of each number over that of the map's largest, as the page's colours are
@@ -31,7 +31,8 @@ from utils import COLOR_MAP, OPACITY
 
 LIMIT = 3_000_000  # bytes of a page
 SMALL = 64  # pixels; pictures of a longer side are stored as JPEG
-PARTS = Path(__file__).with_suffix("")
+PARTS = {"html": "attention_page.html", "css": "attention_page.css"}
+PARTS |= {"drawing": "attention_drawing.js", "choosing": "attention_choosing.js"}
 
 
 class Storage(NamedTuple):
@@ -100,8 +101,8 @@ def write_page(
 
 
 def read_parts() -> dict[str, str]:
-    """What the page is made of: html, with places for the others, css and js."""
-    return {kind: PARTS.with_suffix(f".{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    """What the page is made of: "html" has places for the others."""
+    return {part: Path(__file__).with_name(name).read_text(encoding="utf-8") for part, name in PARTS.items()}
 
 
 def describe(model: VisionTransformer, storage: Storage) -> dict:
