@@ -2,10 +2,13 @@
 
     python explain.py                                   # saved/VisionTransformer.pt
     python explain.py saved/CNN.pt                      # Grad-CAM, integrated gradients and occlusion
+    python explain.py --page                            # a page to point at patches: figures/attention.html
+    python explain.py --page photo.jpg another.png      # ... with pictures of your own
     python -m studies.faithfulness                      # do the heat maps name the patches that matter?
 
 Writes figures/<name>_explanations.png, and for a ViT <name>_attention_distance.png and <name>_positions.png; <name> is
-the model file's.
+the model file's. With --page it writes only the page, figures/<name>_attention.html, or figures/attention.html for
+saved/VisionTransformer.pt, the model that comes with the project.
 """
 
 from dataclasses import dataclass
@@ -19,13 +22,18 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
+from images.reading import read_image, to_array
 from network import VisionTransformer
+from predict import find_images
 from runner import choose_device
 from support import cli
 from support.files import figures_folder
 from support.model import Model
+from training.attention_page import write_page
 from training.heatmaps import eval_mode, mean_of_patches, methods, patch_grid
-from training.trained import data_title, load_model, test_loader
+from training.trained import data_title, load_model, sample_images, test_loader
+
+PAGE_IMAGES = 24
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Config:
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str | None = None  # the folder that pictures go to; default: the project's figures/
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
+    page: tuple[str, ...] | None = None  # a page to look at attention, with these pictures or else 24 test images
     rows: int = 6  # images in the contact sheet: half of them predicted right, half wrong
     seed: int = 0  # of the choice of images
 
@@ -51,7 +60,41 @@ def main(args: list[str] | None = None) -> None:
         if len({Path(path).stem for path in given}) < len(given):
             raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(given)}")
         for path in given or ["saved/VisionTransformer.pt"]:
-            explain(path, config)
+            explain(path, config) if config.page is None else draw_page(path, config)
+
+
+def draw_page(checkpoint: str, config: Config) -> None:
+    """Write the page to look at a ViT's attention, and say what it had no room for.
+
+    Raises:
+        ValueError: no ViT, or no picture.
+    """
+    for name in config.page:
+        if name.endswith(".pt"):
+            raise ValueError(f"{name} is a model, not a picture: python explain.py {name} --page photo.jpg")
+    model = load_model(checkpoint, choose_device(config.device), config.model)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{checkpoint} has no attention for a page to show: it is no Vision Transformer of network.py")
+    files, labels = find_images(config.page), None
+    if files:
+        pictures = tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4)
+        pixels = torch.stack([torch.from_numpy(to_array(read_image(file), model.image_size)) for file in pictures])
+    else:
+        pixels, labels = mixed_images(model, PAGE_IMAGES, config.data_dir)
+    path = picture_path(config.output_dir, checkpoint, "attention", "html")
+    if Path(checkpoint).stem == "VisionTransformer":
+        path = path.with_name("attention.html")  # as figures/attention_maps.png
+    notes = write_page(model, pixels, path, labels, [Path(file).name for file in files])
+    print(*notes, sep="\n", end="\n" if notes else "")
+    cli.say_written([path])
+
+
+def mixed_images(model: Model, count: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` test images, uint8 `(n, 3, h, w)`, the first of each class, then the second ..., and their labels."""
+    pixels, labels = sample_images(model, -(-count // len(model.metadata["classes"])), data_dir)
+    ranks = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
+    order = ranks.argsort(stable=True)[:count]
+    return pixels[order], labels[order]
 
 
 def explain(checkpoint: str, config: Config) -> None:
@@ -70,9 +113,9 @@ def explain(checkpoint: str, config: Config) -> None:
     cli.say_written(written)
 
 
-def picture_path(folder: str | None, checkpoint: str, what: str) -> Path:
+def picture_path(folder: str | None, checkpoint: str, what: str, ending: str = "png") -> Path:
     """Where a picture of a model goes: `<name>_<what>.png`, by default in the project's figures/."""
-    return figures_folder(folder) / f"{Path(checkpoint).stem}_{what}.png"
+    return figures_folder(folder) / f"{Path(checkpoint).stem}_{what}.{ending}"
 
 
 def choose_images(model: Model, count: int, seed: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:

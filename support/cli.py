@@ -168,7 +168,7 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
     if type(None) in get_args(hint):  # X | None
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) in (tuple, list):
-        options["nargs"] = "*" if default is dataclasses.MISSING else "+"
+        options["nargs"] = "*" if default in (dataclasses.MISSING, None) else "+"
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         options["choices"] = get_args(hint)

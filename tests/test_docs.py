@@ -143,7 +143,7 @@ def test_links_lead_somewhere(page):
 def copy(tmp_path):
     """The project's modules, the reports of its studies, small models on digits under the names of the committed ones,
     and a photograph."""
-    for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]:
+    for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.*"))]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     shutil.copytree(ROOT / "saved" / "studies", tmp_path / "saved" / "studies")

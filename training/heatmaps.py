@@ -46,6 +46,15 @@ def relevance(model: VisionTransformer, images: torch.Tensor, target=None) -> to
     Args:
         target: the class to explain, for all images or `(batch,)`; None means the predicted one.
     """
+    return _heat_of_patches(model, images, _read_out(model, relevance_of_tokens(model, images, target)))
+
+
+def relevance_of_tokens(model: VisionTransformer, images: torch.Tensor, target=None) -> torch.Tensor:
+    """Gradient-weighted attention for a class, `(batch, tokens, tokens)`: what `propagate_relevance` gives.
+
+    Args:
+        target: as of `relevance`.
+    """
     weights = []  # of each block, `(batch, heads, tokens, tokens)`, as the logits depend on them
 
     def keep(_module, _arguments, output):
@@ -61,8 +70,7 @@ def relevance(model: VisionTransformer, images: torch.Tensor, target=None) -> to
     finally:
         for hook in hooks:
             hook.remove()
-    matrix = propagate_relevance(torch.stack(weights).detach(), torch.stack(gradients))
-    return _heat_of_patches(model, images, _read_out(model, matrix))
+    return propagate_relevance(torch.stack(weights).detach(), torch.stack(gradients))
 
 
 def roll_out(attention_weights: torch.Tensor) -> torch.Tensor:

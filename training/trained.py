@@ -77,12 +77,15 @@ def test_loader(
     return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device)
 
 
-def sample_images(model: Model, count: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_images(model: Model, count: int = 20, data_dir: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Test images to look at, the first `count` (up to 20) of each class that the model knows: uint8 `(n, 3, h, w)`,
     and their labels `(n,)`, class by class.
 
     Those of CIFAR-10 come from a sheet in demos/, which is there without the data set. They are too few to measure how
     good a model is.
+
+    Args:
+        data_dir: as of `test_loader`.
 
     Raises:
         CheckpointError, DataError: the model's data set is not on this machine.
@@ -92,7 +95,7 @@ def sample_images(model: Model, count: int = 20) -> tuple[torch.Tensor, torch.Te
         images, labels = read_sheet()
         order = [SHEET_CLASSES.index(name) for name in classes]
     else:
-        test = test_loader(model, None, 500, "cpu")
+        test = test_loader(model, data_dir, 500, "cpu")
         images, labels, order = test.images, test.labels, range(len(classes))
     chosen = [(labels == label).nonzero()[:count, 0] for label in order]
     mine = [torch.full_like(places, label) for label, places in enumerate(chosen)]
