@@ -31,17 +31,16 @@ PRESETS = {
     },
     # the same with fewer than 300,000 parameters, and long enough to make up for it
     "small": {
-        "epochs": 120,
+        "epochs": 150,
         "augment": "random_erasing",
-        "tokenizer": "whitened",
+        "tokenizer": "conv",
         "tokenizer_depth": 2,
         "patch_size": 8,
-        "hidden_size": 104,
-        "num_heads": 4,
-        "num_blocks": 1,
+        "hidden_size": 96,
+        "num_heads": 3,
+        "num_blocks": 2,
         "mlp_ratio": 1.5,
         "lr": 6e-3,
-        "weight_decay": 0.1,
-        "momentum": 0.9,
+        "weight_decay": 0.05,
     },
 }
