@@ -50,7 +50,8 @@ class Config(RunOptions):
     label_fraction: float = 1.0  # part of the training images that is used, the same of each class
 
     # model
-    model: str = "vit"  # vit, cnn, mlp, a model of timm (timm:vit_tiny_patch16_224), or your own (my_model.py:MyNet)
+    # vit, cnn, resnet20, mlp, a model of timm (timm:vit_tiny_patch16_224), or your own (my_model.py:MyNet)
+    model: str = "vit"
     hidden_size: int = 64  # width of a ViT's tokens, or of the MLP's hidden layer
     num_heads: int = 4  # attention heads in each ViT block; must divide hidden_size
     num_blocks: int = 4  # transformer blocks
@@ -63,7 +64,7 @@ class Config(RunOptions):
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
     # weights to start from
-    whiten: bool = True  # first filters of ViT and CNN whose answers to the training images are uncorrelated
+    whiten: bool = True  # first filters of ViT, CNN and ResNet whose answers to the training images are uncorrelated
     init_from: str | None = None  # a file of saved/ with a model like this one; its head is left out
     pretrained: bool = False  # a timm model's published weights, which are downloaded
     pretrained_file: str | None = None  # ... or taken from this file (.safetensors, .pth, .npz)

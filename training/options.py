@@ -221,7 +221,7 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     return found
 
 
-MODEL_NAMES = {"vit": "a ViT", "cnn": "a CNN", "mlp": "an MLP"}
+MODEL_NAMES = {"vit": "a ViT", "cnn": "a CNN", "resnet20": "a ResNet-20", "mlp": "an MLP"}
 
 
 # ------------------------------------------------------------------------------------- what cannot be trained
