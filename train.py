@@ -39,7 +39,8 @@ class Config(RunOptions):
     preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: training/presets.py; auto chooses by the minutes
 
     # data
-    dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
+    # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, digits, a folder
+    dataset: str = "auto"
     img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split; 0: none
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared

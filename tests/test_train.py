@@ -433,7 +433,7 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
     "args, words",
     [
         ("--model resnet", "model vit cnn resnet20 mlp mean"),
-        ("--dataset mnist", "dataset mnist auto cifar10 cifar100 digits folder"),
+        ("--dataset minst", "dataset minst auto cifar10 cifar100 mnist fashionmnist svhn digits folder"),
         ("--dataset .", "folder train"),
         ("--img_size 64", "img_size 64 digits"),
         ("--augment rotate", "augment rotate crop_flip cutmix"),
