@@ -1,6 +1,6 @@
 """Pictures of the study: training curves, differences from the CNN, accuracy against training time, classes.
 
-Colours are Okabe and Ito's and two darker ones of Tol's, for every kind of colour vision; each model has a marker of
+Colours are Okabe and Ito's and two more, for every kind of colour vision; each model has a marker of
 its own besides.
 """
 
@@ -24,7 +24,7 @@ STYLES = {  # model -> colour and marker
     "vit_patch6": (GREEN, "v"),
     "vit_patch8": ("#E69F00", "D"),
     "vit_small": ("#CC79A7", "P"),
-    "vit_wide": ("#332288", "p"),
+    "vit_wide": ("#7B5FC4", "p"),
     "mlp": ("#7F7F7F", "X"),
 }
 BOLD = {"size": 11, "weight": "bold"}
