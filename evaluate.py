@@ -66,16 +66,17 @@ def main(args: list[str] | None = None) -> None:
         device = choose_device(config.device)
         viewed = title_of_views(config)
         models = [load_model(path, device, config.model) for path in config.models]
-        if config.flip and any(model.metadata["dataset"] == "digits" for model in models):
-            raise ValueError("--flip is not for digits: a mirrored digit is another sign")
         if config.ensemble:
             check_same_data(models, config.models)
-        answers = []
-        for model, path, name in zip(models, config.models, names, strict=True):
-            others = models if config.ensemble else ()  # all are tested on the same images
-            loader = test_loader(model, config.data_dir, config.batch_size, device, others)
+        others = models if config.ensemble else ()  # all are tested on the same images
+        loaders = [test_loader(model, config.data_dir, config.batch_size, device, others) for model in models]
+        for model, loader in zip(models, loaders, strict=True):
+            if config.flip and not loader.augmentation.flip:
+                raise ValueError(f"--flip is not for {model.metadata['dataset']}: a mirrored digit is another sign")
             if loader.num_images < 2 and (config.ensemble or viewed):
                 raise ValueError("--ensemble, --flip and --shift compare answers, which takes two test images or more")
+        answers = []
+        for model, loader, path, name in zip(models, loaders, config.models, names, strict=True):
             answers.append(Answers(name, *predict(model, loader, config.flip, config.shift)))
             evaluate(answers[-1], loader.images, path, model.title + viewed, model.metadata, prefix_of(name, config))
             if viewed:

@@ -180,6 +180,13 @@ def images_to_check(model: Model, data_dir: str | None) -> tuple[ImageLoader, st
     return ImageLoader(Split(images, labels), 500, metadata["mean"], metadata["std"], "cpu"), what
 
 
+LAST_FILES = {  # that are downloaded of torchvision's data sets, in the data folder
+    "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+    "fashionmnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
+    "svhn": "test_32x32.mat",
+}
+
+
 def is_here(metadata: dict, data_dir: str | None) -> bool:
     """Whether the data set that a model was trained on can be read without a download."""
     dataset = metadata["dataset"]
@@ -187,7 +194,7 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
         folder = data_folder(data_dir)
         return any((folder / name).exists() for name in (cifar.folder, cifar.archive))
     if dataset in DATASETS:
-        return True
+        return dataset not in LAST_FILES or (data_folder(data_dir) / LAST_FILES[dataset]).exists()
     folders = [Path(metadata.get("source", dataset)), *([Path(data_dir) / "train"] if data_dir else [])]
     return any(folder.is_dir() for folder in folders)
 

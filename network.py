@@ -1,8 +1,9 @@
-"""The models: FeedForward, CNN, and VisionTransformer with its parts. `model.save(path)`, `Model.load(path)`.
+"""The models: FeedForward, CNN, ResNet20, and VisionTransformer with its parts. `model.save(path)`, `Model.load(path)`.
 
 Shapes in docstrings name their axes: `tokens` is the number of patches, plus one where there is a CLS token.
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.model import Model
+from support.model import Model, begin_with, whitening_filters
 
 
 class FeedForward(Model):
@@ -59,6 +60,62 @@ class CNN(Model):
     def whiten(self, images: torch.Tensor) -> None:
         """Let the first layer begin with filters that whiten the 3x3 patches of these normalised images."""
         begin_with(self.conv1, whitening_filters(images, 3, stride=1))
+
+
+class ResidualBlock(nn.Module):
+    """ReLU(x + F(x)) of two 3x3 convolutions, each with BatchNorm (He et al. 2015): `(batch, channels, height, width)`.
+
+    Where there are more channels than before, the first convolution halves the image, and x is every second pixel, with
+    zeros for the new channels: the paper's option A, which its networks for CIFAR have and which has no parameters.
+    """
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.new_channels = channels - in_channels
+        stride = 2 if self.new_channels else 1
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        change = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.new_channels:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(x + change)
+
+
+class ResNet20(Model):
+    """The ResNet of 20 layers for small images (He et al. 2015, section 4.2): a 3x3 convolution, three stages of three
+    ResidualBlocks with 16, 32 and 64 channels, the mean over all places, one linear layer.
+
+    269,722 parameters with 10 classes, whatever the image's size. Logits `(batch, output_size)`.
+    """
+
+    def __init__(self, img_size: int = 32, output_size: int = 10, in_channels: int = 3):
+        super().__init__()
+        _require_positive(img_size=img_size, output_size=output_size, in_channels=in_channels)
+        if img_size < 5:  # one place would be left, and BatchNorm could not train on a batch of one
+            raise ValueError(f"the ResNet halves the image twice: img_size {img_size} must be at least 5")
+        widths = [16] * 4 + [32] * 3 + [64] * 3
+        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(*(ResidualBlock(*pair) for pair in itertools.pairwise(widths)))
+        self.output = nn.Linear(64, output_size)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # a sixth faster in training on a CPU, a twentieth in bf16
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.norm1(self.conv1(images))))
+        return self.output(x.mean(dim=(2, 3)))
+
+    def whiten(self, images: torch.Tensor) -> None:
+        begin_with(self.conv1, whitening_filters(images, 3, stride=1))
+
+    def layers(self) -> list[list[nn.Module]]:
+        return [[self.conv1, self.norm1], *([block] for block in self.blocks), [self.output]]
 
 
 class PatchEmbedding(nn.Module):
@@ -179,26 +236,6 @@ class ResidualConvolution(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + F.gelu(self.norm(self.convolution(x)))
-
-
-def whitening_filters(images: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-    """Filters `(channels * size**2, channels, size, size)` whose answers to the patches of these images are
-    uncorrelated and have about the variance 1, those of the largest variance before that first.
-
-    They are the eigenvectors of the patches' covariance, each over the root of its eigenvalue (Page 2018, Jordan 2024);
-    0.01 more, so that what hardly varies is not blown up.
-    """
-    patches = F.unfold(images.float(), size, stride=stride).transpose(1, 2).flatten(0, 1).double()
-    variances, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (variances + 0.01).sqrt()).T.flip(0)
-    return filters.float().view(-1, images.shape[1], size, size)
-
-
-@torch.no_grad()
-def begin_with(convolution: nn.Conv2d, filters: torch.Tensor) -> None:
-    """Put these in the place of its first filters; of too many, the last ones are left out."""
-    count = min(len(filters), convolution.out_channels)
-    convolution.weight[:count] = filters[:count].to(convolution.weight.device)
 
 
 class MultiHeadAttention(nn.Module):
@@ -353,7 +390,8 @@ class VisionTransformer(Model):
         return [[self.embedding], *([block] for block in blocks), [last, self.norm], [self.head]]
 
 
-MODELS = {"vit": VisionTransformer, "cnn": CNN, "mlp": FeedForward}  # what `python train.py --model NAME` trains
+# what `python train.py --model NAME` trains
+MODELS = {"vit": VisionTransformer, "cnn": CNN, "resnet20": ResNet20, "mlp": FeedForward}
 
 
 def _require_positive(**sizes: int) -> None:

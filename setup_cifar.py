@@ -2,6 +2,7 @@
 
     python setup_cifar.py                       # CIFAR-10 into data/, verified, with a sample sheet
     python setup_cifar.py --dataset cifar100    # the same for CIFAR-100
+    python setup_cifar.py --dataset mnist       # ... for MNIST, FashionMNIST (fashionmnist) and SVHN (svhn)
     python setup_cifar.py --dataset digits      # scikit-learn's handwritten digits: no network needed
     python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see images/folder.py)
     python setup_cifar.py --augmentations       # also a sheet of what each augmentation does
@@ -11,6 +12,7 @@ fit; a batch is cropped, flipped and normalised there by a few vectorised operat
 images: images/augment.py.
 """
 
+import gzip
 import hashlib
 import os
 import pickle
@@ -26,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from images.augment import import_torchvision
 from images.download import DownloadError, download, file_md5
 from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
 from images.sheets import draw_augmentations, draw_samples
 from support import cli, distributed
-from support.files import figures_folder, home
+from support.files import figures_folder, home, write_bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def load_data(
     Args:
         dataset: a name of DATASETS, "auto" (CIFAR-10 where it is available, else digits with a warning), or a folder of
             pictures, laid out as images/folder.py says.
-        data_dir: where CIFAR lies or goes; None means the environment's DATA_DIR, else the project's `data`.
+        data_dir: where the data lie or go; None means the environment's DATA_DIR, else the project's `data`.
         val_fraction: the part of the training images that is held out for validation, where a folder has none; with 0
             all are trained on, and nothing is validated.
         split_seed: which images these are. It does not change with the training seed, so that validation images of
@@ -103,7 +106,7 @@ def load_data(
         img_size: side in pixels that a folder's pictures are brought to; the other data sets have 32.
 
     Raises:
-        DataError: unknown name, a damaged file, or CIFAR cannot be downloaded; nothing half-written is left.
+        DataError: unknown name, a damaged file, or one that cannot be downloaded; nothing half-written is left.
         ImageError: a folder that is no data set.
     """
     if not 0 <= val_fraction < 1:
@@ -133,7 +136,7 @@ def load_data(
 
 
 def data_folder(data_dir: str | Path | None) -> Path:
-    """Where CIFAR lies or goes: as it is said, or by the environment's DATA_DIR, else the project's `data`."""
+    """Where the data lie or go: as it is said, or by the environment's DATA_DIR, else the project's `data`."""
     return Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
 
 
@@ -241,6 +244,66 @@ def unpack(cifar: Cifar, archive: Path, folder: Path) -> None:
             part.replace(folder / name)
 
 
+# ------------------------------------------------------------------------------------------- torchvision's data sets
+
+
+def read_mnist(name: str, data_dir: Path, flip: bool) -> Parts:
+    """MNIST (LeCun et al. 1998) or FashionMNIST (Xiao et al. 2017) by the name of torchvision's class: 60,000 training
+    and 10,000 test images, 28x28 greys, in the middle of black 3x32x32. Lies in `data_dir`/<name>/raw."""
+    import_torchvision()
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    folder = data_dir / name / "raw"
+    for file, md5 in tqdm(kind.resources, f"reading {name}", unit="file", leave=False, delay=1):
+        path = folder / file
+        find_or_download(name, path, [mirror + file for mirror in kind.mirrors], md5)
+        contents, unpacked = gzip.decompress(path.read_bytes()), path.with_suffix("")
+        if not unpacked.exists() or unpacked.read_bytes() != contents:  # torchvision does not check what is unpacked
+            write_bytes(unpacked, contents)
+
+    def split(train: bool) -> Split:
+        data = kind(data_dir, train=train)
+        return Split(F.pad(data.data, (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1), data.targets)
+
+    return split(True), split(False), list(kind.classes), flip
+
+
+def read_svhn(data_dir: Path) -> Parts:
+    """Street View House Numbers (Netzer et al. 2011): 73,257 training and 26,032 test images, 3x32x32, each of a digit
+    and parts of its neighbours; without the "extra" ones. The files lie in `data_dir` itself, as torchvision's do."""
+    import_torchvision()
+    from torchvision import datasets
+
+    parts = []
+    for part in tqdm(("train", "test"), "reading SVHN", unit="file", leave=False, delay=1):
+        url, file, md5 = datasets.SVHN.split_list[part]
+        find_or_download("SVHN", data_dir / file, [url], md5)
+        data = datasets.SVHN(data_dir, split=part)
+        parts.append(Split(torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)))
+    return *parts, [str(digit) for digit in range(10)], False
+
+
+def find_or_download(name: str, path: Path, urls: list[str], md5: str) -> None:
+    """Have the file at `path`, with this md5; where it is not, from the first address that gives it."""
+    if path.exists():
+        if file_md5(path) != md5:
+            raise DataError(f"{path} is damaged or not the genuine file (its md5 differs): delete it and try again")
+        return
+    if place := os.environ.get(f"{name.upper()}_URL"):  # MNIST_URL, FASHIONMNIST_URL, SVHN_URL
+        urls = [f"{place.rstrip('/')}/{path.name}"]
+    failed = []
+    for url in urls:
+        try:
+            return download(url, path, md5)
+        except DownloadError as error:
+            failed.append(str(error))
+    raise DownloadError(
+        f"{'; '.join(failed)}. Put it into {path.parent}, or name its place with --data_dir or DATA_DIR; to train "
+        "without it: --dataset digits"
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- digits
 
 
@@ -261,6 +324,9 @@ def read_digits() -> Parts:
 DATASETS: dict[str, Callable[[Path], Parts]] = {
     "cifar10": lambda data_dir: read_cifar(CIFAR["cifar10"], data_dir),
     "cifar100": lambda data_dir: read_cifar(CIFAR["cifar100"], data_dir),
+    "mnist": lambda data_dir: read_mnist("MNIST", data_dir, flip=False),
+    "fashionmnist": lambda data_dir: read_mnist("FashionMNIST", data_dir, flip=True),  # a left shoe is a shoe
+    "svhn": read_svhn,
     "digits": lambda data_dir: read_digits(),
 }
 
@@ -272,8 +338,9 @@ DATASETS: dict[str, Callable[[Path], Parts]] = {
 class Config:
     """Prepare and verify the data, say what was found, and save a sheet of sample images."""
 
-    dataset: str = "cifar10"  # auto (CIFAR-10 if it is available, else digits), cifar10, cifar100, digits, or a folder
-    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
+    # auto (CIFAR-10 if it is available, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, digits, or a folder
+    dataset: str = "cifar10"
+    data_dir: str | None = None  # where the data lie or go; default: the environment's DATA_DIR, else data
     img_size: int = 32  # side in pixels that a folder's pictures are brought to
     figures_dir: str | None = None  # where the sample sheet goes; default: the project's figures/
     augmentations: bool = False  # also draw what each augmentation does to the same images

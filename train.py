@@ -39,7 +39,8 @@ class Config(RunOptions):
     preset: Literal[(*PRESETS, "auto")] = "default"  # other aims: training/presets.py; auto chooses by the minutes
 
     # data
-    dataset: str = "auto"  # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, digits, or a folder
+    # auto (CIFAR-10 where it is available, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, digits, a folder
+    dataset: str = "auto"
     img_size: int = 32  # side in pixels that a folder's pictures are brought to; the other data sets have 32
     val_fraction: float = 0.2  # part of the training images held out for validation: an 80/20 split; 0: none
     split_seed: int = 0  # which images these are; the same for every --seed, so that runs can be compared
@@ -50,7 +51,8 @@ class Config(RunOptions):
     label_fraction: float = 1.0  # part of the training images that is used, the same of each class
 
     # model
-    model: str = "vit"  # vit, cnn, mlp, a model of timm (timm:vit_tiny_patch16_224), or your own (my_model.py:MyNet)
+    # vit, cnn, resnet20, mlp, a model of timm (timm:vit_tiny_patch16_224), or your own (my_model.py:MyNet)
+    model: str = "vit"
     hidden_size: int = 64  # width of a ViT's tokens, or of the MLP's hidden layer
     num_heads: int = 4  # attention heads in each ViT block; must divide hidden_size
     num_blocks: int = 4  # transformer blocks
@@ -63,7 +65,7 @@ class Config(RunOptions):
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
     # weights to start from
-    whiten: bool = True  # first filters of ViT and CNN whose answers to the training images are uncorrelated
+    whiten: bool = True  # first filters of ViT, CNN and ResNet whose answers to the training images are uncorrelated
     init_from: str | None = None  # a file of saved/ with a model like this one; its head is left out
     pretrained: bool = False  # a timm model's published weights, which are downloaded
     pretrained_file: str | None = None  # ... or taken from this file (.safetensors, .pth, .npz)

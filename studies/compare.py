@@ -1,4 +1,4 @@
-"""The study: a CNN against Vision Transformers of several patch sizes, and an MLP, under two recipes.
+"""The study: CNNs against Vision Transformers of several patch sizes, and an MLP, under two recipes.
 
     python -m studies.compare                            # train what is missing, one run after another; then draw
     python -m studies.compare --jobs 2                   # two runs at a time
@@ -14,6 +14,7 @@ runs that are stored, and says which are missing.
 
 import hashlib
 import io
+import itertools
 import re
 import zipfile
 from dataclasses import dataclass
@@ -35,29 +36,33 @@ from training.models import count_flops
 from training.trained import load_model, predict, test_loader
 
 LARGEST = 256 << 20  # bytes that a run's answers may unpack to; those of CIFAR-100 take 2 MB
-RECIPES = {  # name -> flags to train.py
+RECIPES = {  # name -> flags to train.py; default: as it was when the study began, so that all its runs are alike
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
-    "--weight_decay 0 --pooling cls",
-    "default": "",
+    "--weight_decay 0 --pooling cls --no_whiten --precision fp32",
+    "default": "--lr 8e-3 --weight_decay 0.1 --no_whiten --precision fp32",
 }
 MODELS = {  # seeds: of each, where --seeds does not say
     "cnn": Row("CNN", "--model cnn", 3),
+    "resnet20": Row("ResNet-20", "--model resnet20", 3),
     "vit_patch2": Row("ViT (patch=2)", "--patch_size 2"),  # 256 patches: hours on a CPU
     "vit_patch4": Row("ViT (patch=4)", "--patch_size 4", 3),
     "vit_patch6": Row("ViT (patch=6)", "--patch_size 6", 3),
     "vit_patch8": Row("ViT (patch=8)", "--patch_size 8", 3),
     "vit_small": Row("small ViT (patch=4)", "--hidden_size 24 --num_blocks 3", 3),  # as many parameters as the CNN
+    "vit_wide": Row("wide ViT (patch=4)", "--hidden_size 72", 3),  # about as many as ResNet-20
     "mlp": Row("MLP", "--model mlp", 3),
 }
 
 
 @dataclass
 class Config(runs.StudyOptions):
-    """Compare a CNN, Vision Transformers and an MLP: train what is missing, then draw tables and figures."""
+    """Compare CNNs, Vision Transformers and an MLP: train what is missing, then draw tables and figures."""
 
     # what is trained
     only: tuple[Literal[tuple(MODELS)], ...] = tuple(MODELS)  # models to train
-    recipe: Literal["both", "plain", "default"] = "both"  # plain: Adam, nothing else; default: that of train.py
+    recipe: Literal["both", "plain", "default"] = (
+        "both"  # plain: Adam, nothing else; default: train.py's before whitening
+    )
     seeds: int | None = None  # runs of each model; default: 3, and 1 of vit_patch2
     epochs: int = 20  # of each run
 
@@ -74,6 +79,7 @@ def main(args: list[str] | None = None) -> None:
         found = load_runs(config)
         titles = {(recipe, model): MODELS[model].title for recipe in RECIPES for model in MODELS}
         study = comparison.summarise(found, titles, config.epochs)
+        study["missing_command"] = command_for_missing(found, config)
         dataset = {"cifar10": "CIFAR-10"}.get(config.dataset, config.dataset)
         prefix = config.figures / f"model_comparison{config.suffix}"
         pictures = comparison_figures.draw_all(found, study, prefix, dataset)
@@ -93,6 +99,21 @@ def plan(config: Config) -> runs.Runs:
         for recipe, flags in RECIPES.items()
         if config.recipe in ("both", recipe) and seed < (config.seeds or MODELS[model].seeds)
     }
+
+
+def command_for_missing(found: list[comparison.Run], config: Config) -> str:
+    """What trains each model that has no run under a recipe; empty where there is none."""
+    stored = {(run.recipe, run.model) for run in found}
+    missing = [key for key in itertools.product(RECIPES, MODELS) if key not in stored]
+    models, recipes = ([name for name in table if any(name in key for key in missing)] for table in (MODELS, RECIPES))
+    flags = ["--only", *models]
+    flags += ["--recipe", *recipes] if len(recipes) == 1 else []
+    flags += [
+        f"--{name} {getattr(config, name)}"
+        for name in ("dataset", "epochs")
+        if getattr(config, name) != getattr(Config, name)
+    ]
+    return " ".join(["python -m studies.compare", *flags]) if missing else ""
 
 
 def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:

@@ -13,9 +13,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
-from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
+from support.significance import holm, mcnemar_p, paired_bootstrap, t_interval, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
+# a ViT, and the CNN that has about as many parameters
+EQUAL_PARAMETERS = (("vit_small", "cnn"), ("vit_patch4", "resnet20"), ("vit_wide", "resnet20"))
 EARLIER = {  # test accuracy on CIFAR-10 that earlier code of this kind reported after 20 epochs
     "cnn": 0.670,
     "vit_patch2": 0.631,
@@ -86,6 +88,7 @@ def summarise(runs: list[Run], titles: dict[tuple[str, str], str], epochs: int) 
         "missing": [f"{title}, {key[0]}" for key, title in titles.items() if key not in groups],
         "rows": [summarise_model(members) for members in groups.values()],
         "differences": compare_with_reference(groups),
+        "equal_parameters": compare_at_equal_parameters(groups),
         "machines": sorted({machine(run.report["provenance"]) for run in runs}),
     }
     return {**study, "answers": answers(study)}
@@ -130,8 +133,21 @@ def compare_with_reference(groups: Groups) -> list[dict]:
     return [{**row, "p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 
 
+def compare_at_equal_parameters(groups: Groups) -> list[dict]:
+    """ViTs against CNNs of about their size. `t` is the interval over seeds of the differences seed by seed."""
+    kept = ("recipe", "title", "difference", "percentile", "bca", "by_seed", "seed_deviation", "parameter_ratio")
+    found = []
+    for recipe in dict.fromkeys(recipe for recipe, _ in groups):
+        for model, cnn in EQUAL_PARAMETERS:
+            if (recipe, model) in groups and (recipe, cnn) in groups:
+                row = compare(groups[recipe, model], groups[recipe, cnn])
+                other = {"reference": groups[recipe, cnn][0].title, "t": t_interval(row["by_seed"])}
+                found.append({**{name: row[name] for name in kept}, **other})
+    return found
+
+
 def compare(runs: list[Run], reference: list[Run]) -> dict:
-    """One model against the CNN.
+    """One model against another, the CNN say.
 
     With several runs the paired bootstrap is of their means, image by image. McNemar's test knows only right and wrong:
     it is made of each pair of runs, first with first and so on, and the largest p value counts.
@@ -187,24 +203,20 @@ def by_class(run: Run, values: np.ndarray) -> dict[str, float]:
 
 def answers(study: dict) -> list[str]:
     """Does a CNN beat a ViT trained from scratch, and does the recipe turn that round?  Sentences in Markdown."""
-    sentences, differences = [], study["differences"]
-    for recipe in dict.fromkeys(row["recipe"] for row in differences):
+    sentences, differences, pairs = [], study["differences"], study["equal_parameters"]
+    for recipe in dict.fromkeys(row["recipe"] for row in [*differences, *pairs]):
         rows = [row for row in differences if row["recipe"] == recipe]
         verdicts = {}
         for row in sorted(rows, key=lambda row: VERDICTS.index(judge(row))):
             verdicts.setdefault(judge(row), []).append(f"{row['title']} ({points(row['difference'])})")
         phrases = [f"{verdict} the CNN: {', '.join(names)}" for verdict, names in verdicts.items()]
-        sentences.append(f"**Equal epochs ({study['epochs']}), {recipe}:** {'; '.join(phrases)}.")
-        sentences.append(
-            f"**Equal training time, {recipe}:** validation accuracy minus the CNN's when the quicker of the two had "
-            f"ended its training: {', '.join(equal_time(row) for row in rows)}."
-        )
-        sentences += [
-            f"**Equal parameters, {recipe}:** {row['title']}, with {row['parameter_ratio']:.2f} times the CNN's "
-            f"parameters: {judge(row)} the CNN ({points(row['difference'])}, {interval(row['bca'])})."
-            for row in rows
-            if abs(row["parameter_ratio"] - 1) < 0.1
-        ]
+        if rows:
+            sentences.append(f"**Equal epochs ({study['epochs']}), {recipe}:** {'; '.join(phrases)}.")
+            sentences.append(
+                f"**Equal training time, {recipe}:** validation accuracy minus the CNN's when the quicker of the two "
+                f"had ended its training: {', '.join(equal_time(row) for row in rows)}."
+            )
+        sentences += [at_equal_parameters(row) for row in pairs if row["recipe"] == recipe]
     by_key = {(row["recipe"], row["model"]): row for row in differences}
     turned = []
     for (recipe, model), row in by_key.items():
@@ -227,6 +239,21 @@ VERDICTS = ("above", "below", "cannot be told apart from")
 def judge(row: dict) -> str:
     """Above or below the CNN where Holm's p value is below 0.05."""
     return VERDICTS[2] if row["p_holm"] >= 0.05 else VERDICTS[0] if row["difference"] > 0 else VERDICTS[1]
+
+
+def at_equal_parameters(row: dict) -> str:
+    """A difference is called one where both intervals, over test images and over seeds, leave 0 out."""
+    reference = "the CNN" if row["reference"] == "CNN" else row["reference"]
+    low, high = (f([row["bca"][end], (row["t"] or row["bca"])[end]]) for end, f in ((0, min), (1, max)))
+    verdict = VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
+    ratio = row["parameter_ratio"]
+    kind = "Equal" if abs(ratio - 1) < 0.1 else "Fewer" if ratio < 1 else "More"
+    seeds = f"{interval(row['t'])} over seeds" if row["t"] else "one run: other seeds are not known"
+    return (
+        f"**{kind} parameters, {row['recipe']}:** {row['title']}, with {ratio:.2f} times {reference}'s "
+        f"parameters: {verdict} {reference} ({points(row['difference'])}; 95 % intervals: {interval(row['bca'])} over "
+        f"test images, {seeds})."
+    )
 
 
 def equal_time(row: dict) -> str:
@@ -292,7 +319,7 @@ def as_markdown(study: dict, dataset: str) -> str:
     parts = [f"### {dataset}, {study['epochs']} epochs, {study['images']:,} test images", markdown(rows)]
     if differences:
         parts += ["Test accuracy minus the CNN's under the same recipe, in percentage points:", markdown(differences)]
-    missing = [f"**Missing:** {'; '.join(study['missing'])}."] if study["missing"] else []
+    missing = [f"**Missing:** {'; '.join(study['missing'])}: `{study['missing_command']}`"] if study["missing"] else []
     parts.append("\n".join(f"* {sentence}" for sentence in study["answers"] + missing))
     earlier = " Earlier code's ViTs had 3 heads and 10 blocks; here all but the small one have 4 and 4."
     parts.append(NOTE + "; ".join(study["machines"]) + "." + earlier * known)

@@ -1,6 +1,7 @@
 """Pictures of the study: training curves, differences from the CNN, accuracy against training time, classes.
 
-Colours are Okabe and Ito's, for every kind of colour vision; each model has a marker of its own besides.
+Colours are Okabe and Ito's and two more, for every kind of colour vision; each model has a marker of
+its own besides.
 """
 
 from pathlib import Path
@@ -17,11 +18,13 @@ from support.figures import BLUE, DARK, GREEN, VERMILLION, new_figure, save_figu
 
 STYLES = {  # model -> colour and marker
     "cnn": (VERMILLION, "s"),
+    "resnet20": ("#882255", "*"),
     "vit_patch2": (BLUE, "o"),
     "vit_patch4": ("#56B4E9", "^"),
     "vit_patch6": (GREEN, "v"),
     "vit_patch8": ("#E69F00", "D"),
     "vit_small": ("#CC79A7", "P"),
+    "vit_wide": ("#7B5FC4", "p"),
     "mlp": ("#7F7F7F", "X"),
 }
 BOLD = {"size": 11, "weight": "bold"}
@@ -75,7 +78,9 @@ def draw_curves(runs: list[Run], dataset: str) -> Figure:
     height = 900
     title = f"Validation on {dataset}, mean and range over seeds"
     figure = new_figure(max(70 + 440 * len(recipes), 620), height, title)
-    panels = add_panels(figure, 66 if len(recipes) > 1 else 84, 2, len(recipes), sharex=True, sharey="row")
+    columns = 5 if len(recipes) > 1 else 4
+    legend_rows = -(-len({run.model for run in runs}) // columns)
+    panels = add_panels(figure, 48 + 18 * legend_rows, 2, len(recipes), sharex=True, sharey="row")
     for metric, label, row in zip(("accuracy", "loss"), ("accuracy, %", "loss"), panels, strict=True):
         row[0].set_ylabel(label)
         for recipe, axes in zip(recipes, row, strict=True):
@@ -89,7 +94,7 @@ def draw_curves(runs: list[Run], dataset: str) -> Figure:
         bottom.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lines = {line.get_label(): line for axes in panels[0] for line in axes.get_lines()}
-    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 36 / height), "ncols": 7 if len(recipes) > 1 else 4}
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 36 / height), "ncols": columns}
     figure.legend(lines.values(), lines, **place, handletextpad=0.4, columnspacing=1.2)
     return figure
 

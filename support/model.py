@@ -1,4 +1,4 @@
-"""What whole models share: saving, loading, and what they say of themselves."""
+"""What whole models share: saving, loading, first filters that whiten, and what they say of themselves."""
 
 import contextlib
 import inspect
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from support import schema
@@ -153,6 +154,26 @@ def read_model(path: str | Path) -> dict:
         CheckpointError: it is missing, damaged, or of another kind.
     """
     return read_file(path, schema.MODEL, "holds no model of this project")
+
+
+def whitening_filters(images: torch.Tensor, size: int, stride: int) -> torch.Tensor:
+    """Filters `(channels * size**2, channels, size, size)` whose answers to the patches of these images are
+    uncorrelated and have about the variance 1, those of the largest variance before that first.
+
+    They are the eigenvectors of the patches' covariance, each over the root of its eigenvalue (Page 2018, Jordan 2024);
+    0.01 more, so that what hardly varies is not blown up.
+    """
+    patches = F.unfold(images.float(), size, stride=stride).transpose(1, 2).flatten(0, 1).double()
+    variances, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (variances + 0.01).sqrt()).T.flip(0)
+    return filters.float().view(-1, images.shape[1], size, size)
+
+
+@torch.no_grad()
+def begin_with(convolution: nn.Conv2d, filters: torch.Tensor) -> None:
+    """Put these in the place of its first filters; of too many, the last ones are left out."""
+    count = min(len(filters), convolution.out_channels)
+    convolution.weight[:count] = filters[:count].to(convolution.weight.device)
 
 
 def num_parameters(model: nn.Module) -> int:

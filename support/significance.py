@@ -1,4 +1,4 @@
-"""How sure is a difference in accuracy?  Paired bootstrap, McNemar's test, Holm's correction, Wilson's interval.
+"""How sure is a difference in accuracy?  Paired bootstrap, McNemar's test, Holm's correction, intervals.
 
 `correct` is, for each test image, 1 where the model is right and 0 where it is wrong; of several runs of a model it may
 be their mean. Two models are compared on the same images in the same order. Accuracies are fractions.
@@ -7,7 +7,7 @@ be their mean. Two models are compared on the same images in the same order. Acc
 import warnings
 
 import numpy as np
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -65,6 +65,15 @@ def holm(p_values: list[float]) -> list[float]:
     """p values corrected for there being several (Holm 1979): the chance of one false alarm or more stays below 5 %
     where those below 0.05 are called differences."""
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
+
+
+def t_interval(values: list[float]) -> list[float] | None:
+    """95 % interval `[low, high]` of a mean by Student's t, here of differences seed by seed: what other seeds would
+    have given on the same test images. None of a single value, of which nothing is known."""
+    if len(values) < 2:
+        return None
+    margin = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [float(np.mean(values) - margin), float(np.mean(values) + margin)]
 
 
 def wilson(accuracy: float, images: int) -> list[float]:

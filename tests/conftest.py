@@ -16,9 +16,11 @@ DATA_DIR = os.environ.get("DATA_DIR")
 
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
-    """No test fetches CIFAR from the internet: nothing listens on this port. Where data lies, tests say."""
+    """No test fetches data from the internet: nothing listens on this port. Where data lies, tests say."""
     monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    for name in ("MNIST", "FASHIONMNIST", "SVHN"):
+        monkeypatch.setenv(f"{name}_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("DATA_DIR", raising=False)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import explain
-from network import CNN, FeedForward, VisionTransformer
+from network import CNN, FeedForward, ResNet20, VisionTransformer
 from training import heatmaps
 
 KINDS = {  # every kind of ViT that heat maps must work for
@@ -156,7 +156,9 @@ def test_relevance_under_no_grad_of_a_frozen_backbone_in_training(images):
     assert not any(block.attention._forward_hooks for block in model.blocks)
 
 
-@pytest.mark.parametrize("model", [vit(), CNN(), FeedForward(hidden_size=16)], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model", [vit(), CNN(), ResNet20().eval(), FeedForward(hidden_size=16)], ids=lambda model: type(model).__name__
+)
 def test_integrated_gradients_are_complete(images, model):
     target = 3
     attribution = heatmaps.integrated_gradients(model, images, target, steps=128, signed=True)
@@ -189,6 +191,17 @@ def test_grad_cam_by_hand(images):
     cam = torch.nn.functional.interpolate(cam[:, None], (32, 32), mode="bilinear")[:, 0]
     heat = heatmaps.grad_cam(model, images, target)
     torch.testing.assert_close(heat, cam / cam.amax(dim=(1, 2), keepdim=True))
+
+
+def test_grad_cam_of_resnet20_is_on_what_its_last_block_gives(images):
+    torch.manual_seed(0)
+    model = ResNet20().eval()
+    x = model.blocks(model.norm1(model.conv1(images)).relu())  # 8x8
+    weights = model.output.weight[2].detach() / 64  # of the mean over 64 places
+    cam = torch.einsum("bchw,c->bhw", x, weights).relu().detach()
+    cam = torch.nn.functional.interpolate(cam[:, None], (32, 32), mode="bilinear")[:, 0]
+    heat = heatmaps.methods(model)["Grad-CAM"](images, 2)
+    torch.testing.assert_close(heat, cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12))
 
 
 @pytest.mark.parametrize("method", [heatmaps.relevance, heatmaps.integrated_gradients, heatmaps.occlusion])
@@ -268,7 +281,9 @@ def test_script_of_a_vit(tmp_path, digits, run):
     assert {file.name for file in figures.iterdir()} == names
 
 
-@pytest.mark.parametrize("model", [CNN(), FeedForward(hidden_size=8)], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model", [CNN(), ResNet20(), FeedForward(hidden_size=8)], ids=lambda model: type(model).__name__
+)
 def test_script_of_other_models(tmp_path, digits, run, model):
     path = save(model, tmp_path / "other.pt", digits)
     code, out, _ = run("--checkpoint", path, "--output_dir", tmp_path / "figures")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import export
-from network import CNN, FeedForward, Model, VisionTransformer
+from network import CNN, FeedForward, Model, ResNet20, VisionTransformer
 from training.models import TimmModel
 
 onnx = pytest.importorskip("onnx", reason="needs onnx, onnxscript and onnxruntime")
@@ -66,9 +66,10 @@ def save(model: Model, path, digits, **changes):
         (small_vit, 32),
         (lambda: small_vit(img_size=24, pooling="mean", tokenizer="conv"), 24),
         (lambda: CNN(img_size=20), 20),
+        (lambda: ResNet20(img_size=21).eval(), 21),
         (lambda: FeedForward(3 * 16**2, 32), 16),
     ],
-    ids=["ViT, CLS token", "ViT, conv tokenizer", "CNN", "MLP"],
+    ids=["ViT, CLS token", "ViT, conv tokenizer", "CNN", "ResNet-20", "MLP"],
 )
 def test_any_number_of_plain_images_gives_the_models_logits(make, size):
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from network import (
     Model,
     MultiHeadAttention,
     PatchEmbedding,
+    ResNet20,
     TransformerBlock,
     VisionTransformer,
     whitening_filters,
@@ -32,6 +33,7 @@ from training.optim import build_optimizer
 UNUSUAL = {
     FeedForward: {"input_size": 12, "hidden_size": 5, "output_size": 3},
     CNN: {"img_size": 16, "output_size": 3, "in_channels": 1},
+    ResNet20: {"img_size": 16, "output_size": 3, "in_channels": 1},
     VisionTransformer: {
         "img_size": 16,
         "hidden_size": 24,
@@ -112,6 +114,58 @@ def test_cnn_has_the_layers_it_says(images):
 def test_cnn_takes_other_images(img_size, in_channels):
     model = CNN(img_size=img_size, output_size=4, in_channels=in_channels)
     assert model(torch.zeros(2, in_channels, img_size, img_size)).shape == (2, 4)
+
+
+class TorchvisionResNet20(nn.Module):
+    """The same network of torchvision's blocks, with the padded shortcut in the place of their downsample."""
+
+    def __init__(self, classes):
+        super().__init__()
+        import_torchvision()
+        from torchvision.models.resnet import BasicBlock
+
+        class Shortcut(nn.Module):
+            def forward(self, x):
+                halved = x[:, :, 0::2, 0::2]
+                return torch.cat([halved, torch.zeros_like(halved)], dim=1)
+
+        blocks = []
+        for inside, width, stride in [(16, 16, 1), (16, 32, 2), (32, 64, 2)]:
+            blocks.append(BasicBlock(inside, width, stride, Shortcut() if stride > 1 else None))
+            blocks += [BasicBlock(width, width) for _ in range(2)]
+        stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        self.layers = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+@pytest.mark.parametrize("img_size, classes", [(32, 10), (27, 7)])
+def test_resnet20_is_that_of_torchvisions_blocks(img_size, classes):
+    torch.manual_seed(0)
+    model, other = ResNet20(img_size, classes), TorchvisionResNet20(classes)
+    with torch.no_grad():
+        for p in model.parameters():  # norms too, which begin with ones and zeros
+            p.add_(0.1 * torch.randn(p.shape) if p.ndim == 1 else 0)
+    assert count(model) == count(other) == 269_722 - 65 * (10 - classes)
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert [tensor.shape for tensor in ours.values()] == [tensor.shape for tensor in theirs.values()]
+    other.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))  # both in the order of the layers
+    images = torch.randn(6, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):  # with the statistics of the batch, then with those kept from it
+        logits, expected = model.train(training)(images), other.train(training)(images)
+        assert logits.shape == (6, classes) and expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_every_block_of_resnet20_is_a_layer_of_its_own_for_layer_decay():
+    model = ResNet20()
+    layers = model.layers()
+    assert len(layers) == 11
+    assert sum(count(module) for layer in layers for module in layer) == count(model)
+    scales = model.rate_scales(0.5)
+    assert scales[model.output.weight] == 1 and scales[model.blocks[-1].conv1.weight] == 0.5
+    assert scales[model.conv1.weight] == scales[model.norm1.bias] == 0.5**10
 
 
 def vit_parameters(hidden, blocks, patch, mlp_ratio=4, classes=10, cls_token=True):
@@ -376,6 +430,8 @@ def test_drop_path_grows_linearly_over_the_blocks():
         (TransformerBlock, {"hidden_size": -8, "num_heads": 2}),
         (CNN, {"img_size": 3}),
         (CNN, {"output_size": 0}),
+        (ResNet20, {"img_size": 4}),
+        (ResNet20, {"output_size": 0}),
         (FeedForward, {"hidden_size": 0}),
         (FeedForward, {"input_size": -1}),
     ],
@@ -668,8 +724,9 @@ def test_a_plain_convolutional_tokenizer_is_left_as_it_is():
     assert same_weights(model, before)
 
 
-def test_the_cnn_begins_with_whitening_filters():
+@pytest.mark.parametrize("cls", [CNN, ResNet20])
+def test_convolutional_networks_begin_with_whitening_filters(cls):
     images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cumsum(dim=3)
-    model = CNN()
+    model = cls()
     model.whiten(images)
     assert torch.equal(model.conv1.weight, whitening_filters(images, 3, 1)[:16])

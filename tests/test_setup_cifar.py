@@ -175,8 +175,10 @@ def test_a_fraction_that_leaves_a_split_empty_is_refused(fraction):
 
 
 def test_unknown_dataset_is_refused():
-    with pytest.raises(DataError, match="mnist.*auto, cifar10, cifar100, digits, or a folder"):
-        load_data("mnist")
+    with pytest.raises(
+        DataError, match="minst.*auto, cifar10, cifar100, mnist, .*svhn, digits, or a folder.*did you mean mnist"
+    ):
+        load_data("minst")
 
 
 def test_mean_and_std_are_of_the_training_split_alone(digits):

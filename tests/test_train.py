@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import setup_cifar
 import train
 from images.loader import unpack_ids
-from network import CNN, FeedForward, Model, VisionTransformer, whitening_filters
+from network import CNN, FeedForward, Model, ResNet20, VisionTransformer, whitening_filters
 from runner import choose_precision
 from support import cli
 from support.files import read_file
@@ -258,15 +258,15 @@ def test_tokenizer_depth_flag_reaches_the_tokenizer(tmp_path):
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 6  # three halvings to patches of 8
 
 
-@pytest.mark.parametrize("model", ["vit", "cnn"])
+@pytest.mark.parametrize("model", ["vit", "cnn", "resnet20"])
 def test_no_whiten_flag_begins_with_random_filters(tmp_path, model, digits):
-    first = {"vit": "embedding.project.weight", "cnn": "conv1.weight"}[model]
+    first = {"vit": "embedding.project.weight", "cnn": "conv1.weight", "resnet20": "conv1.weight"}[model]
     flags = ["--lr", 1e-12, "--model", model]  # which leaves weights as they began
     whitened, random = (
         train_small(tmp_path / name, *flags, *more).state_dict()[first]
         for name, more in (("whitened", []), ("random", ["--no_whiten"]))
     )
-    size, stride = {"vit": (8, 8), "cnn": (3, 1)}[model]
+    size, stride = {"vit": (8, 8), "cnn": (3, 1), "resnet20": (3, 1)}[model]
     images = next(iter(digits.loader("train", 5000)))[0]
     filters = whitening_filters(images, size, stride)[: len(whitened)]
     torch.testing.assert_close(whitened, filters, rtol=0, atol=1e-4)
@@ -286,6 +286,7 @@ def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_
     [
         ("vit", VisionTransformer, {"img_size": 32, "hidden_size": 16, "output_size": 10, "patch_size": 8}),
         ("cnn", CNN, {"img_size": 32, "output_size": 10, "in_channels": 3}),
+        ("resnet20", ResNet20, {"img_size": 32, "output_size": 10, "in_channels": 3}),
         ("mlp", FeedForward, {"input_size": 3072, "hidden_size": 16, "output_size": 10}),
     ],
 )
@@ -431,8 +432,8 @@ def test_presets_that_are_not_known_are_refused_in_one_line(capsys, args):
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("--model resnet", "model vit cnn mlp"),
-        ("--dataset mnist", "dataset mnist auto cifar10 cifar100 digits folder"),
+        ("--model resnet", "model vit cnn resnet20 mlp mean"),
+        ("--dataset minst", "dataset minst auto cifar10 cifar100 mnist fashionmnist svhn digits folder"),
         ("--dataset .", "folder train"),
         ("--img_size 64", "img_size 64 digits"),
         ("--augment rotate", "augment rotate crop_flip cutmix"),

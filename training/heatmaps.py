@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from network import CNN, VisionTransformer
+from network import CNN, ResNet20, VisionTransformer
 
 # --------------------------------------------------------------------------------------- heat maps out of attention
 
@@ -167,8 +167,11 @@ def occlusion(model: nn.Module, images: torch.Tensor, target=None, signed: bool 
     return attribution if signed else _heat_of_evidence(attribution)
 
 
-def grad_cam(model: CNN, images: torch.Tensor, target=None) -> torch.Tensor:
-    """Heat maps of Grad-CAM (Selvaraju et al. 2017) on the CNN's last convolution, after its ReLU.
+LAST_MAP = {CNN: lambda model: model.relu2, ResNet20: lambda model: model.blocks[-1]}  # what Grad-CAM looks at
+
+
+def grad_cam(model: CNN | ResNet20, images: torch.Tensor, target=None) -> torch.Tensor:
+    """Heat maps of Grad-CAM (Selvaraju et al. 2017) on the model's last map, after its ReLU.
 
     Args:
         target: the class to explain, for all images or `(batch,)`; None means the predicted one.
@@ -176,7 +179,7 @@ def grad_cam(model: CNN, images: torch.Tensor, target=None) -> torch.Tensor:
     from captum.attr import LayerGradCam
 
     with torch.enable_grad(), eval_mode(model):
-        heat = LayerGradCam(model, model.relu2).attribute(
+        heat = LayerGradCam(model, LAST_MAP[type(model)](model)).attribute(
             images, target=_target_of(model, images, target), relu_attributions=True
         )
     return _heat_of_evidence(F.interpolate(heat.detach(), images.shape[2:], mode="bilinear")[:, 0])
@@ -224,7 +227,7 @@ def methods(model: nn.Module, signed: bool = False) -> dict[str, Callable[[torch
     found = {}
     if isinstance(model, VisionTransformer):
         found |= {"attention": attention, "rollout": rollout, "relevance": relevance}
-    if isinstance(model, CNN):
+    if type(model) in LAST_MAP:
         found |= {"Grad-CAM": grad_cam}
     found |= {
         "integrated gradients": partial(integrated_gradients, signed=signed),

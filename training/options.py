@@ -25,7 +25,7 @@ class RunOptions:
 
     # the run
     name: str | None = None  # of the files written; default: the model's, and what differs from the defaults
-    data_dir: str | None = None  # where CIFAR lies or goes; default: the environment's DATA_DIR, else data
+    data_dir: str | None = None  # where the data lie or go; default: the environment's DATA_DIR, else data
     output_dir: str | None = None  # the folder that saved/, figures/ and the GIF go to; default: the project's
     config: str | None = None  # saved/<name>.json: the hyperparameters of that run, where no flag says otherwise
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
@@ -221,7 +221,7 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     return found
 
 
-MODEL_NAMES = {"vit": "a ViT", "cnn": "a CNN", "mlp": "an MLP"}
+MODEL_NAMES = {"vit": "a ViT", "cnn": "a CNN", "resnet20": "a ResNet-20", "mlp": "an MLP"}
 
 
 # ------------------------------------------------------------------------------------- what cannot be trained

@@ -58,7 +58,7 @@ def test_loader(
     trained or validated on, and it is said how many are left.
 
     Args:
-        data_dir: where CIFAR lies; of a model of your own pictures, the folder with them, if it has been moved.
+        data_dir: where the data lie; of a model of your own pictures, the folder with them, if it has been moved.
 
     Raises:
         CheckpointError: the data are not those that the model was trained on, or it is not certain which of them.
@@ -74,7 +74,7 @@ def test_loader(
             raise CheckpointError(f"the classes in {source} are no longer those that the model was trained on")
         data = data.select(metadata["classes"])
     test = not_trained_on(data, [model, *others]) if data.is_folder else data.test
-    return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device)
+    return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device, flip=data.flip)
 
 
 def sample_images(model: Model, count: int = 20, data_dir: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
