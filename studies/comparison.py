@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
-from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
+from support.significance import holm, mcnemar_p, paired_bootstrap, verdict, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
 EARLIER = {  # test accuracy on CIFAR-10 that earlier code of this kind reported after 20 epochs
@@ -225,8 +225,8 @@ VERDICTS = ("above", "below", "cannot be told apart from")
 
 
 def judge(row: dict) -> str:
-    """Above or below the CNN where Holm's p value is below 0.05."""
-    return VERDICTS[2] if row["p_holm"] >= 0.05 else VERDICTS[0] if row["difference"] > 0 else VERDICTS[1]
+    """Above or below the CNN, or not to be told apart from it, by interval and Holm's p value."""
+    return verdict(row["bca"], row["p_holm"])
 
 
 def equal_time(row: dict) -> str:
