@@ -1,0 +1,401 @@
+"""What README and docs say of results: one function for each topic, which reads what is stored and gives plain values.
+
+A topic's values are what the templates in docs/templates/ name: `{{ headline.vit.parameters | thousands }}`. Fractions
+stay fractions and seconds seconds: filters of studies/report.py make text of them. Every topic may have `runs`, the
+reports of train.py that it rests on by their path, and `provenance`, that of the file it was read from.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studies.ablation import ROWS
+from studies.comparison import EARLIER
+from support import schema
+from support.report import read_json
+from support.significance import mcnemar_p, verdict, wilson
+
+# what is needed of a report: those of early versions lack the rest
+REPORT = {"results": schema.RESULTS, "config": {"epochs": schema.EPOCHS}, "provenance": schema.REPORT["provenance"]}
+TINY_FLOPS = 2_507_366_400  # of timm's vit_tiny_patch16_224 for one image, as training.models.count_flops counts them
+TRAINING = 40_000  # images of CIFAR-10 that train.py trains on unless told otherwise
+IMAGES = 10_000  # that CIFAR-10 has for testing
+
+# the rows of the main table: key -> title, flags to train.py, the reports' names below saved/ (a star for several)
+HEADLINES = {
+    "vit": ("Vision Transformer", "", ("VisionTransformer", "studies/vit_seed*")),
+    "accurate": ("ViT behind convolutions, wide", "--preset accurate", ("studies/accurate_seed*",)),
+    "small": ("ViT behind convolutions, narrow", "--preset small", ("studies/small_seed*",)),
+    "quick": ("small ViT, for seconds", "--preset quick", ("studies/quick_seed*",)),
+    "resnet20": ("ResNet-20", "--model resnet20", ("studies/resnet20_seed*",)),
+    "cnn": ("CNN", "--model cnn", ("CNN", "studies/cnn_seed*")),
+}
+
+
+def find_runs(root: Path, *names: str) -> dict[str, dict]:
+    """The reports of these runs, by path: `saved/studies/vit_seed*` is all of that pattern whose star is a number."""
+    found = {}
+    for name in names:
+        pattern = re.compile(re.escape(Path(name).name).replace(r"\*", r"\d+"))
+        folder = (root / "saved" / name).parent
+        paths = [path for path in sorted(folder.glob("*.json")) if pattern.fullmatch(path.stem)]
+        for path in sorted(paths, key=lambda path: (len(path.stem), path.stem)):
+            found[path.relative_to(root).as_posix()] = _read(path, path.stat().st_mtime_ns, True)
+    return found
+
+
+def read_figures(root: Path, name: str) -> dict:
+    path = root / "figures" / f"{name}.json"
+    return _read(path, path.stat().st_mtime_ns, False) if path.exists() else read_json(path)
+
+
+@functools.cache
+def _read(path: Path, _changed: int, is_report: bool) -> dict:
+    return read_json(path, REPORT if is_report else None)
+
+
+def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
+    """What a row of a table says of runs that differ in their seed; None where it is not known."""
+    results = [run["results"] for run in runs.values()]
+    first = next(iter(runs.values()))
+    processor = [result["processor_seconds"] for result in results if result.get("processor_seconds")]
+    validated = [result["val_accuracy"] for result in results if result["val_accuracy"] is not None]
+    accuracies = [result["test_accuracy"] for result in results]
+    return {
+        "runs": runs,
+        "names": [Path(name).stem for name in runs],
+        "n": len(runs),
+        "parameters": results[0]["parameters"],
+        "epochs": first["config"]["epochs"],
+        "val": float(np.mean(validated)) if validated else None,
+        "test": accuracies,
+        "test_loss": float(np.mean([result["test_loss"] for result in results])),
+        "margin": float(np.diff(wilson(np.mean(accuracies), IMAGES))[0] / 2),
+        "seconds": [result["training_seconds"] for result in results],
+        "processor_seconds": processor if len(processor) == len(results) else None,
+        "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),
+    }
+
+
+def machine_of(provenance: dict) -> str:
+    """Processor, instruction sets where they are known, and threads, in words."""
+    if provenance["accelerator"]:
+        return provenance["accelerator"]
+    threads = f"{provenance['threads']} thread" + "s" * (provenance["threads"] > 1)
+    sets = [name for name in provenance.get("instruction_sets") or [] if name != "AVX2"]
+    name = provenance.get("cpu") or provenance["machine"]
+    return f"{threads} of {name}" + (f" with {' and '.join(sets)}" if sets else "")
+
+
+# ------------------------------------------------------------------------------------------------- the main tables
+
+
+def headline(root: Path) -> dict:
+    """The main table's rows by key, those that have a run; `rows`, in its order; and beside what others report."""
+    found = {}
+    for key, (title, flags, names) in HEADLINES.items():
+        if runs := find_runs(root, *names):
+            command = f"python train.py {flags}".strip()
+            found[key] = {"key": key, "title": title, "command": command, **of_runs(runs)}
+    rows = list(found.values())
+    runs = {name: run for row in rows for name, run in row["runs"].items()}
+    return {**found, "rows": rows, "runs": runs, "where": sorted({machine_of(r["provenance"]) for r in runs.values()})}
+
+
+def committed(root: Path) -> dict:
+    """The rows of the two models that are committed."""
+    rows = {key: of_runs(find_runs(root, *HEADLINES[key][2])) for key in ("vit", "cnn")}
+    return {**rows, "runs": {name: run for row in rows.values() for name, run in row["runs"].items()}}
+
+
+def yardsticks(root: Path) -> dict:
+    """What others report, and ours among it, from the least accurate to the most."""
+    rows = read_json(Path(__file__).with_name("yardsticks.json"))["rows"]
+    ours = [
+        {"ours": True, "order": 100 * float(np.mean(row["test"])), **row}
+        for row in headline(root)["rows"]
+        if row["key"] != "quick"
+    ]
+    others = [{"ours": False, "order": row["accuracies"][0], **row} for row in rows]
+    return {"rows": sorted([*others, *ours], key=lambda row: row["order"]), "runs": {}}
+
+
+def first_run(root: Path) -> dict:
+    """What train.py printed of the committed model's epochs, as far as it is stored, and its sizes."""
+    run = find_runs(root, "VisionTransformer")["saved/VisionTransformer.json"]
+    epochs = epochs_of(run)
+    falls = epochs[-1]["val_loss"] <= 1.01 * min(epoch["val_loss"] for epoch in epochs)
+    return {"first": epochs[:2], "last": epochs[-1], "falls_to_the_end": falls, "results": run["results"], "config": run["config"], "runs": {}}
+
+
+def epochs_of(run: dict) -> list[dict]:
+    """Of each epoch: accuracy and loss of the training images as they were met, and of the validation images; images a
+    second, and seconds of training that were left."""
+    metrics, seconds = run["metrics"], run["val_seconds"]
+    ends, steps = metrics["val_step"], metrics["train_step"]
+    size, rows = run["config"]["batch_size"], []
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        # an entry is of the steps since the one before: every step's, or in early versions the mean of 50
+        entries = [i for i, step in enumerate(steps) if start < step <= end]
+        met = [size * (steps[i] - max(start, steps[i - 1] if i else 0)) for i in entries]
+        met[-1] -= max(0, size * (end - start) - TRAINING)  # the epoch's last batch is smaller
+        row = {"number": number + 1, "rate": TRAINING / (seconds[number] - (seconds[number - 1] if number else 0))}
+        row |= {"left": seconds[-1] - seconds[number]}
+        for what in ("accuracy", "loss"):
+            row[f"train_{what}"] = float(np.average([metrics[f"train_{what}"][i] for i in entries], weights=met))
+            row[f"val_{what}"] = metrics[f"val_{what}"][number]
+        rows.append(row)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- the study
+
+
+def study(root: Path) -> dict:
+    """Of figures/model_comparison.json: `rows` by model, `plain` and `default`: each model's row and difference."""
+    stored = read_figures(root, "model_comparison")
+    differences = {(row["recipe"], row["model"]): row for row in stored["differences"]}
+    recipes = {recipe: {} for recipe in dict.fromkeys(row["recipe"] for row in stored["rows"])}
+    for row in stored["rows"]:
+        against = differences.get((row["recipe"], row["model"]))
+        found = {**row, "n": len(row["seeds"]), "earlier": EARLIER.get(row["model"])}
+        if against:
+            found |= {"difference": against["difference"], "interval": against["bca"], "p": against["p_holm"]}
+            found |= {"verdict": verdict(against["bca"], against["p_holm"])}
+        recipes[row["recipe"]][row["model"]] = found
+    models = [{"plain": recipes["plain"].get(key), "default": row} for key, row in recipes["default"].items()]
+    groups = {
+        recipe: {
+            word: [row for row in rows.values() if row.get("verdict") == word and row["model"].startswith("vit")]
+            for word in ("above", "below", "cannot be told apart from")
+        }
+        for recipe, rows in recipes.items()
+    }
+    sizes = [2, 4, 6, 8]
+    patches = {recipe: [rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes] for recipe, rows in recipes.items()}
+    with_cls = [(row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit")]
+    return {
+        **recipes,
+        "epochs": stored["epochs"],
+        "groups": groups,
+        "others": sum(len(rows) for rows in groups["plain"].values()),
+        "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),
+        "sizes": sizes,
+        "patches": patches,
+        "gains": {
+            "cnn": recipes["default"]["cnn"]["test_accuracy"] - recipes["plain"]["cnn"]["test_accuracy"],
+            "vits": [after - before for before, after in zip(patches["plain"], patches["default"], strict=True)],
+        },
+        "cls": {name: [a[name] - b[name] for a, b in with_cls] for name in ("parameters", "flops")},
+        "models": models,
+        "margin": max(float(np.diff(row["interval"])[0] / 2) for row in stored["rows"]),
+        "images": stored["images"],
+        "equal_time": equal_time(root),
+        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes},
+        "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
+        "provenance": stored["provenance"],
+    }
+
+
+def study_runs(root: Path) -> dict[str, dict]:
+    names = sorted({re.sub(r"\d+$", "*", path.stem) for path in (root / "saved" / "studies").glob("study_*_seed*.json")})
+    return find_runs(root, *(f"studies/{name}" for name in names if "digits" not in name))
+
+
+def equal_time(root: Path) -> list[dict]:
+    """ViTs whose whole run was planned for the CNN's time, from the most accurate to the least."""
+    titles = {"patch4": "patches of 4", "patch6": "patches of 6", "patch8": "patches of 8", "small": "the small ViT"}
+    rows = []
+    for key, title in titles.items():
+        if runs := find_runs(root, f"studies/equal_time_{key}"):
+            row = of_runs(runs)
+            rows.append({"title": title, "mean": float(np.mean(row["test"])), **row})
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def patch2_against_patch4(runs: list[dict], recipe: str, draws: int = 10_000) -> dict:
+    """Patches of 2 minus patches of 4: means over seeds with the paired bootstrap's interval, and seed by seed."""
+    groups = [
+        {run["config"]["seed"]: np.array(list(run["correct"])) == "1" for run in runs if run["recipe"] == recipe and
+         run["config"]["model"] == "vit" and run["config"]["patch_size"] == size and run["config"]["hidden_size"] == 64}
+        for size in (2, 4)
+    ]
+    difference = np.mean(list(groups[0].values()), axis=0) - np.mean(list(groups[1].values()), axis=0)
+    values, counts = np.unique(difference, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), size=draws)
+    both = sorted(groups[0].keys() & groups[1].keys())
+    by_seed = [float(groups[0][seed].mean() - groups[1][seed].mean()) for seed in both]
+    p = max(mcnemar_p(groups[0][seed], groups[1][seed]) for seed in both)
+    interval = np.quantile(drawn @ values / len(difference), [0.025, 0.975]).tolist()
+    return {"difference": float(difference.mean()), "interval": interval, "seeds": both, "by_seed": by_seed, "p": p}
+
+
+# ------------------------------------------------------------------------------------------------------- the recipe
+
+
+def ablation(root: Path) -> dict:
+    """Of figures/ablation.json, and `long` of ablation_20epochs.json: rows by key, hours of all runs."""
+    short, long = ablation_of(root, 5), ablation_of(root, 20)
+    means = {key: row["mean"] for key, row in short["rows"].items()}
+    strong = [key for key, row in short["rows"].items() if key == "drop_path" or row["title"].endswith("ment added")]
+    strong += [key for key in ("random_erasing", "mixup", "cutmix") if key in means]
+    alike = [abs(short["rows"][key]["difference"]) < 0.01 for key in ("linear", "one_cycle")]
+    return {
+        **short,
+        "long": long,
+        "worst_of_parts": min(means, key=means.get),
+        "cooldowns_alike": all(alike),
+        "augmentation_pays": any(short["rows"][key]["difference"] > 0.005 for key in strong),
+        "regularisers": [-short["rows"][key]["difference"] for key in strong],
+        "runs": {**short["runs"], **long["runs"]},
+    }
+
+
+def ablation_of(root: Path, epochs: int) -> dict:
+    name = "ablation" if epochs == 5 else f"ablation_{epochs}epochs"
+    stored = read_figures(root, name)
+    runs = find_runs(root, *(f"studies/{name}_{row['row']}_seed*" for row in stored["rows"]))
+    rows = [
+        {
+            **row,
+            "n": len(row["val_accuracies"]),
+            "command": f"python train.py --epochs {epochs} {ROWS[row['row']].flags}".strip(),
+        }
+        for row in stored["rows"]
+    ]
+    return {
+        "rows": {row["row"]: row for row in rows},
+        "epochs": epochs,
+        "several": sum(row["n"] > 1 for row in rows),
+        "n": len(runs),
+        "hours": sum(run["results"]["training_seconds"] for run in runs.values()) / 3600,
+        "last": {row["row"]: epochs_of(found)[-1] for row in stored["rows"] if (found := first_seed(runs, row["row"]))},
+        "runs": runs,
+    }
+
+
+def first_seed(runs: dict[str, dict], row: str) -> dict | None:
+    return next((run for name, run in runs.items() if name.endswith(f"_{row}_seed0.json")), None)
+
+
+def patience(root: Path) -> dict:
+    """A run without augmentation that stops early, and the same to its end."""
+    names = ("studies/patience_seed0", "studies/ablation_20epochs_no_augmentation_seed0")
+    (stopped,), (whole,) = (list(find_runs(root, name).values()) for name in names)
+    turn = 1 + int(np.argmin(whole["metrics"]["val_loss"]))
+    results = {"stopped": stopped["results"], "whole": whole["results"], "turn": turn}
+    results["planned"] = stopped["config"]["epochs"]
+    return {**results, "patience": stopped["config"]["patience"], "runs": find_runs(root, *names)}
+
+
+def crossval(root: Path) -> dict:
+    stored = read_figures(root, "crossval")
+    return {**stored, "each": stored["val_accuracy"]["each"], "epochs": trained_by(stored)["epochs"], "runs": {}}
+
+
+def trained_by(crossval: dict) -> dict:
+    """The folds' config; earlier versions stored it under another name."""
+    return crossval.get("trained") or crossval["config"]
+
+
+def evaluation(root: Path) -> dict:
+    """Of the committed models: calibration, the ensemble of the two, and mirrored images."""
+    stored = read_figures(root, "ensemble")
+    members = {member["name"]: member for member in stored["members"]}
+    vit, flip = read_figures(root, "VisionTransformer_evaluation"), read_figures(root, "VisionTransformer_flip_evaluation")
+    return {
+        "vit": vit,
+        "cnn": members["CNN"],
+        "gain": members["VisionTransformer"],
+        "ensemble": stored["ensemble"],
+        "flip": flip["without"],
+        "bins": len(vit["calibration"]),
+        # more right than sure, over all images
+        "modest": vit["accuracy"] > sum(bin["images"] * (bin["confidence"] or 0) for bin in vit["calibration"]) / vit["images"],
+        "runs": {},
+    }
+
+
+def tried(root: Path) -> dict:
+    stored = read_figures(root, "tried_on_gpu")
+    groups = [
+        {
+            "title": group["group"],
+            "rows": [
+                {"change": row["change"], "n": len(row["val_accuracy"]), "mean": float(np.mean(row["val_accuracy"])) / 100}
+                for row in group["rows"]
+            ],
+        }
+        for group in stored["groups"]
+    ]
+    by_change = [{row["change"]: row["mean"] for row in group["rows"]} for group in groups]
+    return {"groups": groups, "vit": by_change[0], "accurate": by_change[2], "quick": by_change[3], "runs": {}}
+
+
+def recipe(root: Path) -> dict:
+    """Today's defaults, by preset: what `train.py --preset NAME` trains with."""
+    import dataclasses
+
+    import train
+    from support import cli
+    from training.presets import PRESETS
+
+    found = {}
+    for preset in PRESETS:
+        config = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
+        values = dataclasses.asdict(config)
+        tokens = (config.img_size // config.patch_size) ** 2
+        values |= {"tokens": tokens, "head_size": config.hidden_size // config.num_heads}
+        values |= {"mlp_size": round(config.hidden_size * config.mlp_ratio)}
+        found[preset] = values
+    return {**found, "rates": train.RATES, "runs": {}}
+
+
+# --------------------------------------------------------------------------------------- other studies' one file each
+
+
+def faithfulness(root: Path) -> dict:
+    """Areas in fractions, differences from random with their intervals, and each two methods compared where stored."""
+    stored = read_figures(root, "VisionTransformer_faithfulness")
+    rankings, tests = stored["rankings"], {"deletion": 1, "insertion": -1}  # the sign of what is better
+    order = {
+        test: sorted((name for name in rankings if name != "random"), key=lambda name: sign * rankings[name][test]["area"])
+        for test, sign in tests.items()
+    }
+    words = [
+        verdict(rankings["attention"][test]["versus_random"][1:], 0) == ("below" if sign > 0 else "above")
+        for test, sign in tests.items()
+    ]
+    return {
+        **stored,
+        "steps": len(stored["removed"]) - 1,
+        "best": {test: names[0] for test, names in order.items()},
+        "attention_beats_random": all(words),
+        "attention_is_last": all(names[-1] == "attention" for names in order.values()),
+        "runs": {},
+    }
+
+
+def transfer(root: Path) -> dict:
+    stored = read_figures(root, "transfer")
+    rows = {}
+    for row in stored["table"]:
+        rows.setdefault(row["images"], {"images": row["images"], "runs": row["runs"]})[row["start"]] = row["accuracy"]
+    return {
+        "rows": list(rows.values()),
+        "fractions": stored["config"]["fractions"],
+        "tiny_over_ours": TINY_FLOPS / study(root)["default"]["vit_patch4"]["flops"],
+        "provenance": stored["provenance"],
+        "runs": {},
+    }
+
+
+def export(root: Path) -> dict:
+    stored = read_figures(root, "VisionTransformer_export")
+    rows = stored["rows"]
+    onnx, small = rows["ONNX Runtime"], rows["ONNX Runtime, 8 bits"]
+    shorter = small["milliseconds_batch_128"] / onnx["milliseconds_batch_128"]
+    return {**stored, "smaller": small["bytes"] / onnx["bytes"], "shorter": shorter, "runs": {}}
