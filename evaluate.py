@@ -102,7 +102,9 @@ def check(config: Config, names: list[str]) -> None:
     """
     if config.runs:
         if names or config.ensemble or config.flip or config.shift:
-            raise ValueError("--runs shows what is stored of runs: models, --ensemble, --flip and --shift go without it")
+            raise ValueError(
+                "--runs shows what is stored of runs: models, --ensemble, --flip and --shift go without it"
+            )
         return
     if config.each or config.sort != Config.sort:
         raise ValueError("--sort and --each are for --runs")

@@ -37,7 +37,7 @@ from training.trained import load_model, predict, test_loader
 LARGEST = 256 << 20  # bytes that a run's answers may unpack to; those of CIFAR-100 take 2 MB
 RECIPES = {  # name -> flags to train.py
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
-    "--weight_decay 0 --pooling cls",
+    "--weight_decay 0 --pooling cls --no_whiten",
     "default": "",
 }
 MODELS = {  # seeds: of each, where --seeds does not say

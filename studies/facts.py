@@ -5,6 +5,7 @@ stay fractions and seconds seconds: filters of studies/report.py make text of th
 reports of train.py that it rests on by their path, and `provenance`, that of the file it was read from.
 """
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+import train
 from studies.ablation import ROWS
-from studies.comparison import EARLIER
-from support import schema
+from support import cli, schema
 from support.report import read_json
-from support.significance import mcnemar_p, verdict, wilson
+from support.significance import verdict, wilson
+from training.presets import PRESETS
 
 # what is needed of a report: those of early versions lack the rest
 REPORT = {"results": schema.RESULTS, "config": {"epochs": schema.EPOCHS}, "provenance": schema.REPORT["provenance"]}
@@ -128,7 +130,14 @@ def first_run(root: Path) -> dict:
     run = find_runs(root, "VisionTransformer")["saved/VisionTransformer.json"]
     epochs = epochs_of(run)
     falls = epochs[-1]["val_loss"] <= 1.01 * min(epoch["val_loss"] for epoch in epochs)
-    return {"first": epochs[:2], "last": epochs[-1], "falls_to_the_end": falls, "results": run["results"], "config": run["config"], "runs": {}}
+    return {
+        "first": epochs[:2],
+        "last": epochs[-1],
+        "falls_to_the_end": falls,
+        "results": run["results"],
+        "config": run["config"],
+        "runs": {},
+    }
 
 
 def epochs_of(run: dict) -> list[dict]:
@@ -151,88 +160,6 @@ def epochs_of(run: dict) -> list[dict]:
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------- the study
-
-
-def study(root: Path) -> dict:
-    """Of figures/model_comparison.json: `rows` by model, `plain` and `default`: each model's row and difference."""
-    stored = read_figures(root, "model_comparison")
-    differences = {(row["recipe"], row["model"]): row for row in stored["differences"]}
-    recipes = {recipe: {} for recipe in dict.fromkeys(row["recipe"] for row in stored["rows"])}
-    for row in stored["rows"]:
-        against = differences.get((row["recipe"], row["model"]))
-        found = {**row, "n": len(row["seeds"]), "earlier": EARLIER.get(row["model"])}
-        if against:
-            found |= {"difference": against["difference"], "interval": against["bca"], "p": against["p_holm"]}
-            found |= {"verdict": verdict(against["bca"], against["p_holm"])}
-        recipes[row["recipe"]][row["model"]] = found
-    models = [{"plain": recipes["plain"].get(key), "default": row} for key, row in recipes["default"].items()]
-    groups = {
-        recipe: {
-            word: [row for row in rows.values() if row.get("verdict") == word and row["model"].startswith("vit")]
-            for word in ("above", "below", "cannot be told apart from")
-        }
-        for recipe, rows in recipes.items()
-    }
-    sizes = [2, 4, 6, 8]
-    patches = {recipe: [rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes] for recipe, rows in recipes.items()}
-    with_cls = [(row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit")]
-    return {
-        **recipes,
-        "epochs": stored["epochs"],
-        "groups": groups,
-        "others": sum(len(rows) for rows in groups["plain"].values()),
-        "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),
-        "sizes": sizes,
-        "patches": patches,
-        "gains": {
-            "cnn": recipes["default"]["cnn"]["test_accuracy"] - recipes["plain"]["cnn"]["test_accuracy"],
-            "vits": [after - before for before, after in zip(patches["plain"], patches["default"], strict=True)],
-        },
-        "cls": {name: [a[name] - b[name] for a, b in with_cls] for name in ("parameters", "flops")},
-        "models": models,
-        "margin": max(float(np.diff(row["interval"])[0] / 2) for row in stored["rows"]),
-        "images": stored["images"],
-        "equal_time": equal_time(root),
-        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes},
-        "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
-        "provenance": stored["provenance"],
-    }
-
-
-def study_runs(root: Path) -> dict[str, dict]:
-    names = sorted({re.sub(r"\d+$", "*", path.stem) for path in (root / "saved" / "studies").glob("study_*_seed*.json")})
-    return find_runs(root, *(f"studies/{name}" for name in names if "digits" not in name))
-
-
-def equal_time(root: Path) -> list[dict]:
-    """ViTs whose whole run was planned for the CNN's time, from the most accurate to the least."""
-    titles = {"patch4": "patches of 4", "patch6": "patches of 6", "patch8": "patches of 8", "small": "the small ViT"}
-    rows = []
-    for key, title in titles.items():
-        if runs := find_runs(root, f"studies/equal_time_{key}"):
-            row = of_runs(runs)
-            rows.append({"title": title, "mean": float(np.mean(row["test"])), **row})
-    return sorted(rows, key=lambda row: -row["mean"])
-
-
-def patch2_against_patch4(runs: list[dict], recipe: str, draws: int = 10_000) -> dict:
-    """Patches of 2 minus patches of 4: means over seeds with the paired bootstrap's interval, and seed by seed."""
-    groups = [
-        {run["config"]["seed"]: np.array(list(run["correct"])) == "1" for run in runs if run["recipe"] == recipe and
-         run["config"]["model"] == "vit" and run["config"]["patch_size"] == size and run["config"]["hidden_size"] == 64}
-        for size in (2, 4)
-    ]
-    difference = np.mean(list(groups[0].values()), axis=0) - np.mean(list(groups[1].values()), axis=0)
-    values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), size=draws)
-    both = sorted(groups[0].keys() & groups[1].keys())
-    by_seed = [float(groups[0][seed].mean() - groups[1][seed].mean()) for seed in both]
-    p = max(mcnemar_p(groups[0][seed], groups[1][seed]) for seed in both)
-    interval = np.quantile(drawn @ values / len(difference), [0.025, 0.975]).tolist()
-    return {"difference": float(difference.mean()), "interval": interval, "seeds": both, "by_seed": by_seed, "p": p}
-
-
 # ------------------------------------------------------------------------------------------------------- the recipe
 
 
@@ -246,7 +173,7 @@ def ablation(root: Path) -> dict:
     return {
         **short,
         "long": long,
-        "worst_of_parts": min(means, key=means.get),
+        "order": sorted(("adamw", "constant", "cls"), key=means.get),  # without what most is lost
         "cooldowns_alike": all(alike),
         "augmentation_pays": any(short["rows"][key]["difference"] > 0.005 for key in strong),
         "regularisers": [-short["rows"][key]["difference"] for key in strong],
@@ -293,7 +220,12 @@ def patience(root: Path) -> dict:
 
 def crossval(root: Path) -> dict:
     stored = read_figures(root, "crossval")
-    return {**stored, "each": stored["val_accuracy"]["each"], "epochs": trained_by(stored)["epochs"], "runs": {}}
+    return {
+        **stored,
+        "each": stored["val_accuracy"]["each"],
+        "epochs": trained_by(stored)["epochs"],
+        "runs": {"crossval": stored},
+    }
 
 
 def trained_by(crossval: dict) -> dict:
@@ -305,7 +237,10 @@ def evaluation(root: Path) -> dict:
     """Of the committed models: calibration, the ensemble of the two, and mirrored images."""
     stored = read_figures(root, "ensemble")
     members = {member["name"]: member for member in stored["members"]}
-    vit, flip = read_figures(root, "VisionTransformer_evaluation"), read_figures(root, "VisionTransformer_flip_evaluation")
+    vit, flip = (
+        read_figures(root, "VisionTransformer_evaluation"),
+        read_figures(root, "VisionTransformer_flip_evaluation"),
+    )
     return {
         "vit": vit,
         "cnn": members["CNN"],
@@ -314,7 +249,8 @@ def evaluation(root: Path) -> dict:
         "flip": flip["without"],
         "bins": len(vit["calibration"]),
         # more right than sure, over all images
-        "modest": vit["accuracy"] > sum(bin["images"] * (bin["confidence"] or 0) for bin in vit["calibration"]) / vit["images"],
+        "modest": vit["accuracy"]
+        > sum(bin["images"] * (bin["confidence"] or 0) for bin in vit["calibration"]) / vit["images"],
         "runs": {},
     }
 
@@ -325,7 +261,11 @@ def tried(root: Path) -> dict:
         {
             "title": group["group"],
             "rows": [
-                {"change": row["change"], "n": len(row["val_accuracy"]), "mean": float(np.mean(row["val_accuracy"])) / 100}
+                {
+                    "change": row["change"],
+                    "n": len(row["val_accuracy"]),
+                    "mean": float(np.mean(row["val_accuracy"])) / 100,
+                }
                 for row in group["rows"]
             ],
         }
@@ -335,14 +275,8 @@ def tried(root: Path) -> dict:
     return {"groups": groups, "vit": by_change[0], "accurate": by_change[2], "quick": by_change[3], "runs": {}}
 
 
-def recipe(root: Path) -> dict:
+def recipe(_root: Path) -> dict:
     """Today's defaults, by preset: what `train.py --preset NAME` trains with."""
-    import dataclasses
-
-    import train
-    from support import cli
-    from training.presets import PRESETS
-
     found = {}
     for preset in PRESETS:
         config = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
@@ -362,7 +296,9 @@ def faithfulness(root: Path) -> dict:
     stored = read_figures(root, "VisionTransformer_faithfulness")
     rankings, tests = stored["rankings"], {"deletion": 1, "insertion": -1}  # the sign of what is better
     order = {
-        test: sorted((name for name in rankings if name != "random"), key=lambda name: sign * rankings[name][test]["area"])
+        test: sorted(
+            (name for name in rankings if name != "random"), key=lambda name: sign * rankings[name][test]["area"]
+        )
         for test, sign in tests.items()
     }
     words = [
@@ -387,10 +323,16 @@ def transfer(root: Path) -> dict:
     return {
         "rows": list(rows.values()),
         "fractions": stored["config"]["fractions"],
-        "tiny_over_ours": TINY_FLOPS / study(root)["default"]["vit_patch4"]["flops"],
+        "tiny_over_ours": TINY_FLOPS / stored_flops(root),
         "provenance": stored["provenance"],
         "runs": {},
     }
+
+
+def stored_flops(root: Path) -> int:
+    """Of the default ViT for one image, as the study has them."""
+    rows = read_figures(root, "model_comparison")["rows"]
+    return next(row["flops"] for row in rows if (row["recipe"], row["model"]) == ("default", "vit_patch4"))
 
 
 def export(root: Path) -> dict:

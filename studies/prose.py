@@ -1,8 +1,8 @@
 """Numbers in prose: each is written from a stored result, or stands on the list of studies/constants.py.
 
-`{{ key }}` in a template becomes a value between two marks, so that what is left outside the marks was typed by a person.
-Code, links and comments are no prose, and names with digits in them (ResNet-20, bf16, 4x4) no numbers. A number word
-before a unit, "two points", is one.
+`{{ key }}` in a template becomes a value between two marks: what is left outside of them was typed by a person. Code,
+links and comments are no prose, and names with digits in them (ResNet-20, bf16, 4x4) no numbers. A number word before a
+unit, "two points", is one.
 """
 
 import re
@@ -12,16 +12,16 @@ from typing import NamedTuple
 from studies.constants import CONSTANTS
 
 OPEN, CLOSE, NAMED = "\ue000", "\ue001", "\ue002"  # around what a key gave; what takes its place
-NUMBER = re.compile(r"(?<![\w./^-])[-+]?\d(?:[\d.,]*\d)?(?![\w^]|\.\d)")
+NUMBER = re.compile(r"(?<![\w./^-])[-+]?\d(?:[\d.,]*\d)?(?:e-?\d+)?(?![\w^]|\.\d)")
 WORDS = "two three four five six seven eight nine ten eleven twelve fifteen twenty thirty half twice third quarter"
 UNITS = "points? percent minutes? hours? seconds? times"
 NUMBER_WORD = re.compile(rf"\b({'|'.join(WORDS.split())}) (?=({'|'.join(UNITS.split())})\b)", re.IGNORECASE)
 KINDS = {  # of what a key gave: by what is around it
-    "accuracies and other shares, %": r"\s?\*{0,2}\s?%",
-    "speeds and ratios": r"\s?(images/s|GFLOP/s|times|GB/s|MB/s)",
-    "times": r"\s?(s|ms|min|minutes?|hours?|h|seconds?|years)\b",
-    "memory": r"\s?(MB|GB|kB|bytes)",
-    "points": r"\s?points",
+    "in sentences: accuracies and other shares": r"\s?\*{0,2}\s?%",
+    "in sentences: speeds and ratios": r"\s?(images/s|GFLOP/s|times|GB/s|MB/s)",
+    "in sentences: times": r"\s?(s|ms|min|minutes?|hours?|h|seconds?|years)\b",
+    "in sentences: memory": r"\s?(MB|GB|kB|bytes)",
+    "in sentences: points": r"\s?points",
 }
 
 
@@ -44,26 +44,30 @@ def find_numbers(marked: str, page: str = "") -> Found:
     for pattern in (r"```.*?```", r"<!--.*?-->", r"\$\$.*?\$\$"):
         text = re.sub(pattern, " ", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*(\n[^`\n]+)?`", " ", text)
-    text = re.sub(r"\]\([^)\s]*\)|https?://\S+|^ {4}\S.*$|^\s*\d+\. |(?<=[,:] )\d+\. (?=\*|a |patches|show)", " ", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\([^)\s]*\)|https?://\S+|^ {4}\S.*$|^\s*\d+\. ", " ", text, flags=re.MULTILINE)
     text = re.sub(r"\s+", " ", text)
     typed = Counter()
     for reason, patterns in CONSTANTS.items():
         for pattern in patterns:
-            only, _, pattern = pattern.rpartition(": ") if re.match(r"\w+\.(md|ipynb): ", pattern) else ("", "", pattern)
-            if only in ("", page):
-                text, count = re.subn(pattern, lambda found: re.sub(r"\d|\w+", "_", found[0]), text)
+            only, expression = re.match(r"(?:(\w+\.\w+): )?(.*)", pattern).groups()
+            if only in (None, page):
+                text, count = re.subn(expression, lambda found: re.sub(r"\w+", "_", found[0]), text)
                 typed[reason] += count
     unknown = [*NUMBER.finditer(text), *NUMBER_WORD.finditer(text)]
     return Found([f"{text[max(0, m.start() - 40) : m.end() + 25].strip()}" for m in unknown], +typed, keyed)
 
 
 def count_keyed(marked: str) -> Counter:
-    """Numbers that keys gave, by what follows them."""
+    """Numbers that keys gave: in tables, and in sentences by what follows them."""
     counts = Counter()
-    for found in re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", marked):
-        rest = re.sub(f"[{OPEN}{CLOSE}]", "", marked[found.end() : found.end() + 40])
-        for number in re.finditer(r"\d(?:[\d.,]*\d)?", found[1]):
-            after = found[1][number.end() :] + rest
-            named = (kind for kind, pattern in KINDS.items() if re.match(pattern, after))
-            counts[next(named, "counts, sizes and others")] += 1
+    for line in marked.split("\n"):
+        for found in re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", line):
+            rest = without_marks(line[found.end() : found.end() + 40])
+            for number in re.finditer(r"\d(?:[\d.,]*\d)?", found[1]):
+                after = found[1][number.end() :] + rest
+                named = (kind for kind, pattern in KINDS.items() if re.match(pattern, after))
+                kind = (
+                    "in tables" if line.startswith("|") else next(named, "in sentences: counts, sizes, intervals, ...")
+                )
+                counts[kind] += 1
     return counts

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from jinja2 import meta, nodes
 
-from studies import facts, speed_facts, stale
+from studies import facts, speed_facts, stale, study_facts
 from studies.prose import CLOSE, OPEN, find_numbers, without_marks
 from support import cli
 from support.files import CheckpointError, home, write_bytes
@@ -32,7 +32,7 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
         facts.committed,
         facts.yardsticks,
         facts.first_run,
-        facts.study,
+        study_facts.study,
         facts.ablation,
         facts.patience,
         facts.crossval,
@@ -70,6 +70,8 @@ def main(args: list[str] | None = None) -> None:
             print(stale.as_text(found) if found else "no report is stale")
             if found:
                 print(f"\n{len(found)} stale reports. A study keeps what is stored: delete it before it is made anew.")
+            print("\nResults that store no hyperparameters to compare, with the day they were measured:")
+            print("\n".join(stale.not_comparable(root)))
             return
         faults = check(root) if config.check else write(root)
     if faults:
@@ -111,7 +113,7 @@ def points(fraction: float, digits: int = 1) -> str:
 
 
 def span(values: float | list[float], unit: float = 60, to: str = " to ") -> str:
-    """From the least to the most, in minutes unless `unit` says of how many seconds; a digit more where it is little."""
+    """From the least to the most, in minutes unless `unit` says of how many seconds; with a digit where little."""
     values = [value / unit for value in (values if isinstance(values, list) else [values])]
     digits = 1 if min(values) < 1.5 and any(value % 1 for value in values) else 0
     ends = dict.fromkeys(f"{end:,.{digits}f}" for end in (min(values), max(values)))
@@ -163,7 +165,10 @@ FILTERS: dict[str, Callable] = {
     "being": lambda verdict: verdict if verdict.startswith("cannot") else f"is {verdict}",
     "gains": lambda values: f"{bare(min(values), 0)} to {bare(max(values), 0)} %",
     "megabytes": lambda mega: f"{mega:.0f} MB" if mega < 1000 else f"{mega / 1000:.1f} GB",
-    **{filter.__name__: filter for filter in (holds, bare, points, spread, deviation, span, interval, millions, clock, listed, code, word)},
+    **{
+        filter.__name__: filter
+        for filter in (holds, bare, points, spread, deviation, span, interval, millions, clock, listed, code, word)
+    },
 }
 
 
@@ -201,7 +206,9 @@ def render(root: Path, name: str) -> tuple[str, list[str]]:
     text = env.from_string(source).render(values)
     for topic, found in values.items():
         if not any(found[name] in without_marks(text) for name in ("earlier", "earlier_briefly")):
-            faults.append(f"rests on stale reports and does not say so: put {{{{ {topic}.earlier }}}} where they are used")
+            faults.append(
+                f"rests on stale reports and does not say so: put {{{{ {topic}.earlier }}}} where they are used"
+            )
     faults += [f"has a typed value in an expression: {value!r}" for value in typed_in_expressions(tree)]
     banner = "" if name == "README.md" else BANNER.format(name=name)
     return banner + text, faults
@@ -212,7 +219,7 @@ def typed_in_expressions(tree: nodes.Template) -> list[Any]:
     found = []
     for output in tree.find_all(nodes.Output):
         for node in output.nodes:
-            while isinstance(node, nodes.Filter) and node.name != "holds":
+            while isinstance(node, nodes.Filter) and node.name not in ("holds", "format"):
                 node = node.node
             if isinstance(node, nodes.Const):
                 found.append(node.value)
@@ -266,7 +273,9 @@ def check(root: Path) -> list[str]:
         faults += [f"docs/templates/{name} {fault}" for fault in wrong]
         there = path.read_text(encoding="utf-8") if path.exists() else ""
         if line := first_difference(there, without_marks(marked)):
-            faults.append(f"{shown}:{line}, not as its template and the stored results say: run python -m studies.report")
+            faults.append(
+                f"{shown}:{line}, not as its template and the stored results say: run python -m studies.report"
+            )
         pages[shown] = marked
     for path in sorted((root / "demos").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -300,7 +309,9 @@ def outdated(root: Path) -> list[str]:
     for epochs in (5, 20):
         name = "ablation" if epochs == 5 else f"ablation_{epochs}epochs"
         for row in read_json(root / "figures" / f"{name}.json")["rows"]:
-            found = [read_json(stored[run])["results"]["val_accuracy"] for run in seeds_of(f"{name}_{row['row']}", stored)]
+            found = [
+                read_json(stored[run])["results"]["val_accuracy"] for run in seeds_of(f"{name}_{row['row']}", stored)
+            ]
             if found != row["val_accuracies"]:
                 more = "" if epochs == 5 else f" --epochs {epochs}"
                 command = f"python -m studies.ablation --no_train{more}"

@@ -1,4 +1,4 @@
-"""What the pages on speed, memory and cost say: as studies/facts.py, of what studies.benchmark and studies.scaling stored."""
+"""What the pages on speed, memory and cost say: as studies/facts.py, of what studies.benchmark and .scaling stored."""
 
 import dataclasses
 import statistics
@@ -38,7 +38,9 @@ def benchmark(root: Path) -> dict:
     ratios = stored["step"]["ratios"]
     return {
         "rows": rows,
-        "low_over_timm": {name: ratios[f"timm, MLP ratio 4 / ours, MLP ratio 4, {name}, bf16"] for name in ("CLS", "mean")},
+        "low_over_timm": {
+            name: ratios[f"timm, MLP ratio 4 / ours, MLP ratio 4, {name}, bf16"] for name in ("CLS", "mean")
+        },
         "rates": stored["step"]["flops_per_second_of_products"],
         "shares": stored["step"]["shares_of_that_rate"],
         "pipeline": stored["pipeline"],
@@ -58,7 +60,10 @@ def seconds_to(root: Path, name: str, target: float) -> float:
 def time_to_accuracy(root: Path) -> dict:
     """Seconds of reference and quick until the target, and the reference's whole run of 20 epochs."""
     stored = read_figures(root, "time_to_accuracy")
-    easy = {name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))] for name, rows in stored["reached"].items()}
+    easy = {
+        name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))]
+        for name, rows in stored["reached"].items()
+    }
     whole = read_figures(root, "time_to_accuracy_reference_0")["history"][-1]
     found = {}
     for name, rows in stored["reached"].items():
@@ -100,7 +105,9 @@ def scaling(root: Path) -> dict:
     """Throughput, memory and the plan, as figures/scaling.json has them, the plan also for other numbers of GPUs."""
     stored = read_figures(root, "scaling")
     rows = stored["throughput"]
-    wide = {size: [row for row in rows if row["hidden_size"] == size] for size in sorted({r["hidden_size"] for r in rows})}
+    wide = {
+        size: [row for row in rows if row["hidden_size"] == size] for size in sorted({r["hidden_size"] for r in rows})
+    }
     pairs = []
     for size, members in wide.items():
         threads, processes = (

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import train
-from studies import crossval
+from studies import ablation, compare, crossval
 from support import cli
 from support.files import CheckpointError
 from support.report import read_json
 from training.options import OWN, in_todays_words, without_effect
 
-OF_STUDIES = {"folds", "jobs"}  # crossval's own fields
+OF_CROSSVAL = {"folds", "jobs", "fold"}  # what differs between its runs, and its own fields
 NOT_REPEATED = {"--name": 1, "--output_dir": 1, "--threads": 1, "--gif_frames": 1, "--resume": 0}  # flags, their values
+
+SUMMARIES = ("ablation", "ablation_20epochs", "model_comparison", "crossval")  # of runs that are compared themselves
 
 
 class Stale(NamedTuple):
@@ -43,15 +45,18 @@ def find_stale(root: Path) -> list[Stale]:
 
 
 def changes_since(report: dict) -> dict[str, tuple[Any, Any]]:
-    """The hyperparameters that differ between a report's config and what its command would give today.
+    """The hyperparameters that differ between a report's config and what its command, or for a run of a study what that
+    study's code, would give today.
 
     Left out is what changes nothing in that run, what concerns the run alone (folders, threads, device), and what the
     machine decides: the data set and the precision where the command does not say them.
     """
-    stored, config = stored_config(report), parse(report["provenance"]["command"])
+    stored = stored_config(report)
+    config = parse(flags_of_study(stored.get("name")) or report["provenance"]["command"])
     if config is None:
         return {"command": ("accepted", "refused")}
-    free = {*OWN, *OF_STUDIES, "preset", *without_effect(config)}
+    own = OF_CROSSVAL if isinstance(config, crossval.Config) else set()
+    free = {*OWN, *own, "preset", *without_effect(config)}
     free |= {"precision", "dataset"} - set(config.given)
     if config.minutes:
         free.add("epochs")  # what fitted into the time on that machine
@@ -59,8 +64,22 @@ def changes_since(report: dict) -> dict[str, tuple[Any, Any]]:
     return {
         name: (stored[name], value)
         for name, value in now.items()
-        if name in stored and name not in free and value != "auto" and stored[name] != value
+        if name in stored and name not in free and "auto" not in (value, stored[name]) and stored[name] != value
     }
+
+
+def flags_of_study(name: str | None) -> str | None:
+    """The command by which studies.compare or studies.ablation would make the run of that name today, if one would."""
+    flags = planned_runs().get(Path(name).name) if name else None
+    return None if flags is None else f"python train.py {flags}"
+
+
+@functools.cache
+def planned_runs() -> dict[str, str]:
+    """The runs of both studies with their flags, also of more seeds than they take by themselves."""
+    plans = [compare.plan(compare.Config(seeds=10))]
+    plans += [ablation.plan(ablation.Config(epochs=epochs)) for epochs in (5, 20)]
+    return {name: flags for plan in plans for name, flags in plan.items()}
 
 
 @functools.cache
@@ -82,7 +101,8 @@ def stored_config(report: dict) -> dict[str, Any]:
 
 def command_of(name: str, report: dict) -> str:
     """What makes the report anew, under the same name."""
-    words, kept = shlex.split(report["provenance"]["command"]), []
+    stored = flags_of_study(stored_config(report).get("name")) or report["provenance"]["command"]
+    words, kept = shlex.split(stored), []
     if name.startswith("figures/"):
         return "python -m studies.crossval " + shlex.join(words[3:] if words[1] == "-m" else words[2:])
     rest = iter(words[2:])
@@ -105,7 +125,8 @@ def sentence(runs: dict[str, dict], briefly: bool = False) -> str:
     if len(stale) == len(runs):
         who = "This run was" if len(runs) == 1 else f"These {len(runs)} runs were"
     else:
-        earlier, others = (short_names(names) for names in (stale, runs.keys() - stale.keys()))
+        earlier = short_names(stale, list(runs))
+        others = short_names([name for name in runs if name not in stale], list(runs))
         who = f"All runs here but {', '.join(others)}" if len(others) < len(earlier) else ", ".join(earlier)
         who += "" if briefly else f" ({len(stale)} of {len(runs)})"
         who += " was" if len(stale) == 1 else " were"
@@ -121,15 +142,45 @@ def sentence(runs: dict[str, dict], briefly: bool = False) -> str:
     return f"{who} made with earlier defaults: {changes}."
 
 
-def short_names(paths: Iterable[str]) -> list[str]:
-    """Runs by name, those that differ in their seed as one."""
-    return list(dict.fromkeys("`" + re.sub(r"_seed\d+$", "_seed*", Path(path).stem) + "`" for path in sorted(paths)))
+def short_names(paths: Iterable[str], among: list[str]) -> list[str]:
+    """Runs by name in code; where all of `among` that begin alike are meant, by that beginning and a star."""
+    chosen, names = {Path(path).stem for path in paths}, []
+    everything = [Path(path).stem for path in among]
+    for name in sorted(chosen):
+        parts = name.split("_")
+        for beginning in ("_".join([*parts[:k], ""]) for k in range(1, len(parts))):
+            alike = {other for other in everything if other.startswith(beginning)}
+            if len(alike) > 1 and alike <= chosen:
+                name = f"{beginning}*"
+                break
+        names.append(f"`{name}`")
+    return list(dict.fromkeys(names))
 
 
 def in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, int | float) else "none" if value is None else str(value)
+
+
+def not_comparable(root: Path) -> list[str]:
+    """Results of studies that do not store the hyperparameters they were made with: a line each, from the oldest on."""
+    lines = []
+    for path in sorted((root / "figures").glob("*.json")):
+        with contextlib.suppress(CheckpointError):
+            provenance = read_json(path).get("provenance") or {}
+            parts = provenance.values() if provenance and "command" not in provenance else [provenance]
+            for part in parts if path.stem not in SUMMARIES else ():
+                command = re.sub(
+                    r"python (?:-m studies\.)?(benchmark|scaling|transfer)(?:\.py)?",
+                    r"python -m studies.\1",
+                    part.get("command", ""),
+                )
+                command = re.sub(r" --(output_dir|threads) \S+", "", command)
+                lines.append(
+                    f"{part.get('date')} {path.relative_to(root).as_posix()}: {command or 'no command is stored'}"
+                )
+    return list(dict.fromkeys(sorted(lines)))
 
 
 def as_text(stale: list[Stale]) -> str:
