@@ -16,7 +16,7 @@ CONSTANTS = {
         r"\(seed 0\)",
         r"from 0 on",
     ],
-    "sizes of CIFAR-10, ImageNet and the digits, and of the splits made of them": [
+    "sizes of CIFAR-10, ImageNet, the digits, and of splits": [
         r"\b(60,000 pictures|40,000( training)? images|10,000( test| validation)? images|10,000 of CIFAR-10)",
         r"\bother 10,000\b",
         r"\b80/20\b",
@@ -29,7 +29,7 @@ CONSTANTS = {
         r"ImageNet's 140 GB",
         r"\b196 tokens\b",
     ],
-    "what intervals, tests and their corrections are defined with": [
+    "what intervals, tests and corrections are defined with": [
         r"\b95 % intervals?\b",
         r"\bmiddle 95 %",
         r"\b10,000 (times|images with)\b",
@@ -43,7 +43,7 @@ CONSTANTS = {
         r"right in 80 %|says 80 %",
         r"\ba 1 or 0 for each",
     ],
-    "arithmetic of the text itself: shapes, bits, patches, what a formula is made of": [
+    "arithmetic of the text: shapes, bits, patches, formulas": [
         r"\b(8|16|32) bits\b",
         r"weights in 32\b",
         r"uint8, 0 to 255|uint8 0 to 255",

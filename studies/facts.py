@@ -89,7 +89,7 @@ def machine_of(provenance: dict) -> str:
     threads = f"{provenance['threads']} thread" + "s" * (provenance["threads"] > 1)
     sets = [name for name in provenance.get("instruction_sets") or [] if name != "AVX2"]
     name = provenance.get("cpu") or provenance["machine"]
-    return f"{threads} of {name}" + (f" with {' and '.join(sets)}" if sets else "")
+    return name + (f" with {' and '.join(sets)}" if sets else "") + f" ({threads})"
 
 
 # ------------------------------------------------------------------------------------------------- the main tables

@@ -7,6 +7,8 @@ from pathlib import Path
 from studies import scaling as study
 from studies.benchmark import TARGET
 from studies.facts import read_figures
+from studies.peers import ReferenceViT
+from support.model import num_parameters
 
 PEERS = ["timm", "vit-pytorch"]
 YEAR = 365.25 * 24 * 3600
@@ -59,7 +61,7 @@ def seconds_to(root: Path, name: str, target: float) -> float:
 
 def time_to_accuracy(root: Path) -> dict:
     """Seconds of reference and quick until the target, and the reference's whole run of 20 epochs."""
-    stored = read_figures(root, "time_to_accuracy")
+    stored, reference = read_figures(root, "time_to_accuracy"), ReferenceViT()
     easy = {
         name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))]
         for name, rows in stored["reached"].items()
@@ -80,6 +82,8 @@ def time_to_accuracy(root: Path) -> dict:
         "ratios": stored["ratios"],
         "target": TARGET,
         "reference_rate": 5e-4,  # of studies/peers.py
+        "reference_sizes": {"tokens": reference.position.shape[1], "parameters": num_parameters(reference)},
+        "before_commits": "commit" not in stored["provenance"],  # were stored
         "easy": {"target": EASY, "ratio": statistics.median(easy["reference"]) / statistics.median(easy["quick"])},
         "whole": whole,
         "cct": {**cct, "last": cct["history"][-1]},

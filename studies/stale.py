@@ -128,7 +128,7 @@ def sentence(runs: dict[str, dict], briefly: bool = False) -> str:
         earlier = short_names(stale, list(runs))
         others = short_names([name for name in runs if name not in stale], list(runs))
         who = f"All runs here but {', '.join(others)}" if len(others) < len(earlier) else ", ".join(earlier)
-        who += "" if briefly else f" ({len(stale)} of {len(runs)})"
+        who += "" if briefly else f" ({len(stale)} of the {len(runs)} runs)"
         who += " was" if len(stale) == 1 else " were"
     if briefly:
         return f"{who} made with earlier defaults."
