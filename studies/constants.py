@@ -73,7 +73,6 @@ CONSTANTS = {
         r"\bbatch(es of)? (1|128)\b",
         r"\bwidth (256|64)\b",
         r"\b5,000 training images\b",
-        r"\bfewer than 300,000 parameters\b",
         r"\b24 whitening filters\b",
         r"two of 14 operations",
         r"times? the learning rate",

@@ -16,8 +16,10 @@ import numpy as np
 import train
 from studies.ablation import ROWS
 from support import cli, schema
+from support.model import num_parameters
 from support.report import read_json
 from support.significance import verdict, wilson
+from training.models import build_model
 from training.presets import PRESETS
 
 # what is needed of a report: those of early versions lack the rest
@@ -283,9 +285,12 @@ def recipe(_root: Path) -> dict:
         values = dataclasses.asdict(config)
         tokens = (config.img_size // config.patch_size) ** 2
         values |= {"tokens": tokens, "head_size": config.hidden_size // config.num_heads}
-        values |= {"mlp_size": round(config.hidden_size * config.mlp_ratio)}
+        values |= {"parameters": num_parameters(build_model(config.model, values, config.img_size, 10))}
         found[preset] = values
-    return {**found, "rates": train.RATES, "runs": {}}
+    by_tokenizer = {}
+    for preset, values in found.items():
+        by_tokenizer.setdefault(values["tokenizer"], []).append(preset)
+    return {**found, "rates": train.RATES, "by_tokenizer": by_tokenizer, "runs": {}}
 
 
 # --------------------------------------------------------------------------------------- other studies' one file each
