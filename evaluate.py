@@ -78,10 +78,11 @@ def main(args: list[str] | None = None) -> None:
         answers = []
         for model, loader, path, name in zip(models, loaders, config.models, names, strict=True):
             answers.append(Answers(name, *predict(model, loader, config.flip, config.shift)))
-            evaluate(answers[-1], loader.images, path, model.title + viewed, model.metadata, prefix_of(name, config))
+            more = {"without": compare([Answers(name, *predict(model, loader))], answers[-1])[0]} if viewed else {}
+            title, prefix = model.title + viewed, prefix_of(name, config)
+            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, **more)
             if viewed:
-                plain = Answers(name, *predict(model, loader))
-                gain = compare([plain], answers[-1])[0]
+                gain = more["without"]
                 low, high = gain["bca"]
                 change = f"{points(gain['difference'])} points ({points(low)} to {points(high)})"
                 print(f"without {viewed.removeprefix(', with ')}: {gain['accuracy']:.2%}; they give {change}")
@@ -140,12 +141,15 @@ class Answers(NamedTuple):
         return self.logits.argmax(dim=1) == self.labels
 
 
-def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, metadata: dict, prefix: Path) -> dict:
+def evaluate(
+    answers: Answers, images: torch.Tensor, path: str, title: str, metadata: dict, prefix: Path, **more
+) -> dict:
     """Print, draw and store everything about one model; returns what is stored in `<prefix>_evaluation.json`.
 
     Args:
         images: uint8 `(n, 3, h, w)`.
         metadata: the model's, of which `classes` and `dataset` are needed.
+        more: what is stored besides.
     """
     classes, dataset = metadata["classes"], metadata["dataset"]
     probabilities, labels = answers.logits.softmax(dim=1), answers.labels
@@ -155,6 +159,7 @@ def evaluate(answers: Answers, images: torch.Tensor, path: str, title: str, meta
         **measures(answers),
         "confusion_matrix": confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(len(classes))).tolist(),
         "classes": per_class(probabilities, labels, classes),
+        **more,
         "provenance": provenance(),
     }
     print(f"\n{path}\n{title} on the {len(labels):,} test images of {data_title(metadata)}")

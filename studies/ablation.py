@@ -71,19 +71,23 @@ def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         runs.require_positive(config, "epochs")
-        common = f"--dataset {config.dataset} --epochs {config.epochs}"
-        wanted = {  # a first run of every row, and then a second one
-            f"{config.name}_{key}_seed{seed}": f"{common} {row.flags} --seed {seed}"
-            for seed in range(max(row.seeds for row in ROWS.values()))
-            for key, row in ROWS.items()
-            if seed < row.seeds and key in config.only
-        }
-        failed = runs.train_missing(wanted, config) if config.train else []
+        failed = runs.train_missing(plan(config), config) if config.train else []
         table = summarise(config)
         prefix = config.figures / config.name
         picture = prefix.with_suffix(".png")
         draw(table, picture, config)
         runs.write_study(prefix, as_markdown(table, config), config, [picture], failed, rows=runs.records(table))
+
+
+def plan(config: Config) -> runs.Runs:
+    """The runs asked for: a first one of every row, and then a second one."""
+    common = f"--dataset {config.dataset} --epochs {config.epochs}"
+    return {
+        f"{config.name}_{key}_seed{seed}": f"{common} {row.flags} --seed {seed}"
+        for seed in range(max(row.seeds for row in ROWS.values()))
+        for key, row in ROWS.items()
+        if seed < row.seeds and key in config.only
+    }
 
 
 def summarise(config: Config) -> pd.DataFrame:

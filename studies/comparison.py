@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
-from support.significance import holm, mcnemar_p, paired_bootstrap, t_interval, wilson
+from support.significance import holm, mcnemar_p, paired_bootstrap, t_interval, verdict, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
 # a ViT, and the CNN that has about as many parameters
@@ -237,21 +237,21 @@ VERDICTS = ("above", "below", "cannot be told apart from")
 
 
 def judge(row: dict) -> str:
-    """Above or below the CNN where Holm's p value is below 0.05."""
-    return VERDICTS[2] if row["p_holm"] >= 0.05 else VERDICTS[0] if row["difference"] > 0 else VERDICTS[1]
+    """Above or below the CNN, or not to be told apart from it, by interval and Holm's p value."""
+    return verdict(row["bca"], row["p_holm"])
 
 
 def at_equal_parameters(row: dict) -> str:
     """A difference is called one where both intervals, over test images and over seeds, leave 0 out."""
     reference = "the CNN" if row["reference"] == "CNN" else row["reference"]
     low, high = (f([row["bca"][end], (row["t"] or row["bca"])[end]]) for end, f in ((0, min), (1, max)))
-    verdict = VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
+    word = VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
     ratio = row["parameter_ratio"]
     kind = "Equal" if abs(ratio - 1) < 0.1 else "Fewer" if ratio < 1 else "More"
     seeds = f"{interval(row['t'])} over seeds" if row["t"] else "one run: other seeds are not known"
     return (
         f"**{kind} parameters, {row['recipe']}:** {row['title']}, with {ratio:.2f} times {reference}'s "
-        f"parameters: {verdict} {reference} ({points(row['difference'])}; 95 % intervals: {interval(row['bca'])} over "
+        f"parameters: {word} {reference} ({points(row['difference'])}; 95 % intervals: {interval(row['bca'])} over "
         f"test images, {seeds})."
     )
 

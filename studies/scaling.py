@@ -219,14 +219,22 @@ def compare_memory(_config: Config) -> dict:
 
 
 def plan(config: Config) -> dict:
-    """What ViT-S/16 on ImageNet needs, computed from `config`'s assumptions and counted operations.
+    """What ViT-S/16 on ImageNet needs: its parameters and FLOPs counted, the rest by `on_gpus`."""
+    model = VisionTransformer(output_size=1000, pooling="mean", **VIT_S)
+    flops = count_flops(lambda: model(torch.zeros(1, 3, 224, 224)).sum().backward())  # forward and backward
+    result = on_gpus(config, num_parameters(model), flops)
+    print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper")
+    texts = {name: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for name, value in result.items()}
+    print_table([{"quantity": name.replace("_", " "), "value": text} for name, text in texts.items()], "quantity value")
+    return result
+
+
+def on_gpus(config: Config, parameters: int, flops: int) -> dict:
+    """What a model of so many parameters, and FLOPs for an image, needs under `config`'s assumptions.
 
     Gradients are summed by ring all-reduce, in which each GPU sends 2 (n - 1) / n times their bytes (Patarasuk & Yuan
     2009), over the slowest link; in fp32, and none of it hidden behind the backward pass.
     """
-    model = VisionTransformer(output_size=1000, pooling="mean", **VIT_S)
-    flops = count_flops(lambda: model(torch.zeros(1, 3, 224, 224)).sum().backward())  # forward and backward
-    parameters = num_parameters(model)
     gpus = config.machines * config.gpus
     per_gpu = config.batch_size // gpus
     rate = gpus * config.utilisation * config.peak_tflops * 1e12 / flops
@@ -236,7 +244,7 @@ def plan(config: Config) -> dict:
     communication = sent / (min(links) * 1e9)
     steps = config.epochs * (config.images // config.batch_size)
     overall = config.batch_size / (compute + communication)
-    result = {
+    return {
         "parameters": parameters,
         "training_flops_per_image": flops,
         "gpus": gpus,
@@ -252,10 +260,6 @@ def plan(config: Config) -> dict:
         "disk_megabytes_per_second": overall * config.picture_kilobytes / 1e3,
         "gigabytes_of_uint8": config.images * 3 * 224**2 / 1e9,
     }
-    print(f"\nViT-S/16, {config.images:,} images, {config.epochs} epochs, batch {config.batch_size:,}, on paper")
-    texts = {name: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for name, value in result.items()}
-    print_table([{"quantity": name.replace("_", " "), "value": text} for name, text in texts.items()], "quantity value")
-    return result
 
 
 # --------------------------------------------------------------------------------------------------------- picture

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import re
@@ -183,6 +184,7 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
     group.add_argument(f"--{name}", type=hint, default=default, metavar=metavar, **options)
 
 
+@functools.cache  # it reads source code, and is asked for often
 def flag_groups(config_class: type) -> dict[str, tuple[str, str]]:
     """Of each field the title of the group that it belongs to, and its help, both from the comments in the source; the
     class's own fields first, then those that it inherits."""

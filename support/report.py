@@ -2,13 +2,16 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import subprocess
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from typing import Any
 import torch
 
 from support import cli, distributed, schema
-from support.files import CheckpointError, short, write_bytes
+from support.files import ROOT, CheckpointError, short, write_bytes
+
+PACKAGES = ("torchvision", "timm", "vit-pytorch", "numpy", "scipy")  # besides torch, those that figures depend on
 
 
 def write_json(path: str | Path, contents: dict) -> None:
@@ -143,15 +148,57 @@ def instruction_sets() -> list[str]:
 
 
 def provenance() -> dict:
-    """What a stored figure came from: command, date, versions and machine."""
+    """What a stored figure came from: command, date, code, versions and machine."""
     return {
         "command": shlex.join(["python", *cli.command()]),
         "date": datetime.date.today().isoformat(),
+        **code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": package_versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "cpu": cpu_model(),
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+@functools.cache
+def code_version() -> dict:
+    """`commit`, and whether all Python files are as they are in it (`clean`); None where the project is no git
+    repository of its own, or git is missing. Found once: what is changed later does not run."""
+    unknown = {"commit": None, "clean": None}
+    try:
+        folder, commit = _output_of("git", "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(folder).resolve() != ROOT.resolve():
+            return unknown
+        return {"commit": commit, "clean": not _output_of("git", "status", "--porcelain", "--", "*.py")}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return unknown
+
+
+def package_versions() -> dict[str, str]:
+    """Of PACKAGES, those that are installed; none is imported."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@functools.cache
+def cpu_model() -> str:
+    """As the system calls the processor: "AMD EPYC 9R14"."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if platform.system() == "Darwin":
+            return _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _output_of(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()

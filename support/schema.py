@@ -92,13 +92,16 @@ PARTS = {"train": TEXT, "val": TEXT, "test": TEXT}  # fingerprints of their imag
 NORMALISATION = {"mean": three(NUMBER), "std": three(POSITIVE)}
 ORIGIN = {"source": TEXT, "image_size": SIZE, "fingerprints": PARTS, "seen": {...: {"train": TEXT, "val": TEXT}}}
 METADATA = optional({"dataset": TEXT, "classes": CLASSES, **NORMALISATION}, **ORIGIN)  # of a model by train.py
-RESULTS = {
-    "parameters": COUNT,
-    "val_accuracy": maybe(FRACTION),  # null where nothing was validated
-    "test_loss": NUMBER,
-    "test_accuracy": FRACTION,
-    "training_seconds": NOT_NEGATIVE,
-}
+RESULTS = optional(
+    {
+        "parameters": COUNT,
+        "val_accuracy": maybe(FRACTION),  # null where nothing was validated
+        "test_loss": NUMBER,
+        "test_accuracy": FRACTION,
+        "training_seconds": NOT_NEGATIVE,
+    },
+    processor_seconds=maybe(NOT_NEGATIVE),
+)
 MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
 METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
 CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py

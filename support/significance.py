@@ -76,6 +76,15 @@ def t_interval(values: list[float]) -> list[float] | None:
     return [float(np.mean(values) - margin), float(np.mean(values) + margin)]
 
 
+def verdict(interval: list[float], p: float) -> str:
+    """What a difference is called: "above" or "below" where its 95 % interval leaves out 0 and its p value, corrected
+    where there are several, is below 0.05; else "cannot be told apart from"."""
+    low, high = interval
+    if low <= 0 <= high or p >= 0.05:
+        return "cannot be told apart from"
+    return "above" if low > 0 else "below"
+
+
 def wilson(accuracy: float, images: int) -> list[float]:
     """95 % interval `[low, high]` of an accuracy on that many test images (Wilson 1927): what other images of the same
     kind might have given. It says nothing about other seeds."""

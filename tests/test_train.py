@@ -397,7 +397,7 @@ def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
         ("--lr 0.01", 0.01, 0.05),
         ("--optimizer sgd", 0.1, 5e-4),
         ("--optimizer adamw --lr 6e-3", 6e-3, 0.05),  # given, though it is the default
-        ("--preset accurate --weight_decay 0.1", 6e-3, 0.1),
+        ("--preset accurate --weight_decay 0.1", 9e-3, 0.1),
         ("--model timm:resnet18", 2e-3, 0.05),
         ("--model timm:resnet18 --pretrained", 5e-4, 0.05),
     ],

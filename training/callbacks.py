@@ -21,27 +21,35 @@ from support.files import first_line
 class Clock:
     """Counts the seconds of training steps alone, without loading, validation and other callbacks.
 
-    `seconds` until now, and `val_seconds`, what that was at each validation.
+    `seconds` by the clock until now, and `val_seconds`, what that was at each validation. `processor_seconds` are those
+    that the processor spent in this process, all threads together, which other work on the machine hardly changes; None
+    where a part is not known, because an earlier version trained it.
     """
 
     def __init__(self):
         self.seconds, self.val_seconds, self._started = 0.0, [], 0.0
+        self.processor_seconds, self._processor_started = 0.0, 0.0
 
     def step_start(self, runner: Runner) -> None:
-        self._started = time.perf_counter()
+        self._started, self._processor_started = time.perf_counter(), time.process_time()
 
     def step_end(self, runner: Runner) -> None:
         self.seconds += time.perf_counter() - self._started
+        if self.processor_seconds is not None:
+            self.processor_seconds += time.process_time() - self._processor_started
 
     def epoch_end(self, runner: Runner) -> None:
         self.val_seconds.append(self.seconds)
 
     def state_dict(self) -> dict:
-        return {"seconds": self.seconds, "val_seconds": self.val_seconds}
+        times = {"seconds": self.seconds, "val_seconds": self.val_seconds}
+        return times | {"processor_seconds": self.processor_seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        schema.check(state, {"seconds": schema.NOT_NEGATIVE, "val_seconds": [schema.NOT_NEGATIVE]}, "Clock")
+        known = {"seconds": schema.NOT_NEGATIVE, "val_seconds": [schema.NOT_NEGATIVE]}
+        schema.check(state, schema.optional(known, processor_seconds=schema.maybe(schema.NOT_NEGATIVE)), "Clock")
         self.seconds, self.val_seconds = state["seconds"], state["val_seconds"]
+        self.processor_seconds = state.get("processor_seconds")
 
 
 # ---------------------------------------------------------------------------------------------------- progress

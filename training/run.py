@@ -19,7 +19,7 @@ from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support import cli, distributed, schema
 from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
-from support.report import provenance, read_json, write_json
+from support.report import code_version, provenance, read_json, write_json
 from training.callbacks import Clock, EarlyStopping, ProgressBar
 from training.checkpoints import Checkpoints, nothing_to_resume, read_checkpoint
 from training.live import Frames, LiveResults, TensorBoard
@@ -47,6 +47,7 @@ class Run:
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(distributed.processes())
             contexts.enter_context(cli.one_line_errors())
+            code_version()  # as it is now, not when the run ends
             self.device = choose_device(distributed.device_name(self.config.device))
             self.config.precision = choose_precision(self.config.precision, self.device)
             if self.config.threads is not None:
@@ -255,7 +256,7 @@ class Run:
             raise NonFiniteLoss(f"the test loss is {test_loss}: the model is of no use on some of the test images")
         if not self.first:
             return
-        validated = bool(runner.metrics["val_loss"])
+        validated, processor = bool(runner.metrics["val_loss"]), self.clock.processor_seconds
         results = {
             "parameters": num_parameters(runner.model),
             "epochs": min(runner.epoch, config.epochs),
@@ -266,6 +267,7 @@ class Run:
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
             "training_seconds": round(self.clock.seconds, 1),
+            "processor_seconds": None if processor is None else round(processor, 1),
             "skipped_steps": runner.skipped,
         }
         runner.eval_model.save(self.paths.model, **self.data.metadata)

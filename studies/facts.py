@@ -1,0 +1,350 @@
+"""What README and docs say of results: one function for each topic, which reads what is stored and gives plain values.
+
+A topic's values are what the templates in docs/templates/ name: `{{ headline.vit.parameters | thousands }}`. Fractions
+stay fractions and seconds seconds: filters of studies/report.py make text of them. Every topic may have `runs`, the
+reports of train.py that it rests on by their path, and `provenance`, that of the file it was read from.
+"""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import train
+from network import ResNet20
+from studies.ablation import ROWS
+from support import cli, schema
+from support.model import num_parameters
+from support.report import read_json
+from support.significance import verdict, wilson
+from training.models import build_model
+from training.presets import PRESETS
+
+# what is needed of a report: those of early versions lack the rest
+REPORT = {"results": schema.RESULTS, "config": {"epochs": schema.EPOCHS}, "provenance": schema.REPORT["provenance"]}
+TINY_FLOPS = 2_507_366_400  # of timm's vit_tiny_patch16_224 for one image, as training.models.count_flops counts them
+TRAINING = 40_000  # images of CIFAR-10 that train.py trains on unless told otherwise
+IMAGES = 10_000  # that CIFAR-10 has for testing
+
+# the rows of the main table: key -> title, flags to train.py, the reports' names below saved/ (a star for several)
+HEADLINES = {
+    "vit": ("Vision Transformer", "", ("VisionTransformer", "studies/vit_seed*")),
+    "accurate": ("ViT behind convolutions, wide", "--preset accurate", ("studies/accurate_seed*",)),
+    "small": ("ViT behind convolutions, narrow", "--preset small", ("studies/small_seed*",)),
+    "quick": ("small ViT, for seconds", "--preset quick", ("studies/quick_seed*",)),
+    "resnet20": ("ResNet-20", "--model resnet20", ("studies/resnet20_seed*",)),
+    "cnn": ("CNN", "--model cnn", ("CNN", "studies/cnn_seed*")),
+}
+
+
+def find_runs(root: Path, *names: str) -> dict[str, dict]:
+    """The reports of these runs, by path: `saved/studies/vit_seed*` is all of that pattern whose star is a number."""
+    found = {}
+    for name in names:
+        pattern = re.compile(re.escape(Path(name).name).replace(r"\*", r"\d+"))
+        folder = (root / "saved" / name).parent
+        paths = [path for path in sorted(folder.glob("*.json")) if pattern.fullmatch(path.stem)]
+        for path in sorted(paths, key=lambda path: (len(path.stem), path.stem)):
+            found[path.relative_to(root).as_posix()] = _read(path, path.stat().st_mtime_ns, True)
+    return found
+
+
+def read_figures(root: Path, name: str) -> dict:
+    path = root / "figures" / f"{name}.json"
+    return _read(path, path.stat().st_mtime_ns, False) if path.exists() else read_json(path)
+
+
+@functools.cache
+def _read(path: Path, _changed: int, is_report: bool) -> dict:
+    return read_json(path, REPORT if is_report else None)
+
+
+def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
+    """What a row of a table says of runs that differ in their seed; None where it is not known."""
+    results = [run["results"] for run in runs.values()]
+    first = next(iter(runs.values()))
+    processor = [result["processor_seconds"] for result in results if result.get("processor_seconds")]
+    validated = [result["val_accuracy"] for result in results if result["val_accuracy"] is not None]
+    accuracies = [result["test_accuracy"] for result in results]
+    return {
+        "runs": runs,
+        "names": [Path(name).stem for name in runs],
+        "n": len(runs),
+        "parameters": results[0]["parameters"],
+        "epochs": first["config"]["epochs"],
+        "val": float(np.mean(validated)) if validated else None,
+        "test": accuracies,
+        "test_loss": float(np.mean([result["test_loss"] for result in results])),
+        "margin": float(np.diff(wilson(np.mean(accuracies), IMAGES))[0] / 2),
+        "seconds": [result["training_seconds"] for result in results],
+        "processor_seconds": processor if len(processor) == len(results) else None,
+        "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),
+    }
+
+
+def machine_of(provenance: dict) -> str:
+    """Processor, instruction sets where they are known, and threads, in words."""
+    if provenance["accelerator"]:
+        return provenance["accelerator"]
+    threads = f"{provenance['threads']} thread" + "s" * (provenance["threads"] > 1)
+    sets = [name for name in provenance.get("instruction_sets") or [] if name != "AVX2"]
+    name = provenance.get("cpu") or provenance["machine"]
+    return name + (f" with {' and '.join(sets)}" if sets else "") + f" ({threads})"
+
+
+# ------------------------------------------------------------------------------------------------- the main tables
+
+
+def headline(root: Path) -> dict:
+    """The main table's rows by key, those that have a run; `rows`, in its order; and beside what others report."""
+    found = {}
+    for key, (title, flags, names) in HEADLINES.items():
+        if runs := find_runs(root, *names):
+            command = f"python train.py {flags}".strip()
+            found[key] = {"key": key, "title": title, "command": command, **of_runs(runs)}
+    rows = list(found.values())
+    runs = {name: run for row in rows for name, run in row["runs"].items()}
+    return {**found, "rows": rows, "runs": runs, "where": sorted({machine_of(r["provenance"]) for r in runs.values()})}
+
+
+def committed(root: Path) -> dict:
+    """The rows of the two models that are committed."""
+    rows = {key: of_runs(find_runs(root, *HEADLINES[key][2])) for key in ("vit", "cnn")}
+    return {**rows, "runs": {name: run for row in rows.values() for name, run in row["runs"].items()}}
+
+
+def yardsticks(root: Path) -> dict:
+    """What others report, and ours among it, from the least accurate to the most."""
+    rows = read_json(Path(__file__).with_name("yardsticks.json"))["rows"]
+    ours = [
+        {"ours": True, "order": 100 * float(np.mean(row["test"])), **row}
+        for row in headline(root)["rows"]
+        if row["key"] != "quick"
+    ]
+    others = [{"ours": False, "order": row["accuracies"][0], **row} for row in rows]
+    return {"rows": sorted([*others, *ours], key=lambda row: row["order"]), "runs": {}}
+
+
+def first_run(root: Path) -> dict:
+    """What train.py printed of the committed model's epochs, as far as it is stored, and its sizes."""
+    run = find_runs(root, "VisionTransformer")["saved/VisionTransformer.json"]
+    epochs = epochs_of(run)
+    falls = epochs[-1]["val_loss"] <= 1.01 * min(epoch["val_loss"] for epoch in epochs)
+    return {
+        "first": epochs[:2],
+        "last": epochs[-1],
+        "falls_to_the_end": falls,
+        "results": run["results"],
+        "config": run["config"],
+        "runs": {},
+    }
+
+
+def epochs_of(run: dict) -> list[dict]:
+    """Of each epoch: accuracy and loss of the training images as they were met, and of the validation images; images a
+    second, and seconds of training that were left."""
+    metrics, seconds = run["metrics"], run["val_seconds"]
+    ends, steps = metrics["val_step"], metrics["train_step"]
+    size, rows = run["config"]["batch_size"], []
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        # an entry is of the steps since the one before: every step's, or in early versions the mean of 50
+        entries = [i for i, step in enumerate(steps) if start < step <= end]
+        met = [size * (steps[i] - max(start, steps[i - 1] if i else 0)) for i in entries]
+        met[-1] -= max(0, size * (end - start) - TRAINING)  # the epoch's last batch is smaller
+        row = {"number": number + 1, "rate": TRAINING / (seconds[number] - (seconds[number - 1] if number else 0))}
+        row |= {"left": seconds[-1] - seconds[number]}
+        for what in ("accuracy", "loss"):
+            row[f"train_{what}"] = float(np.average([metrics[f"train_{what}"][i] for i in entries], weights=met))
+            row[f"val_{what}"] = metrics[f"val_{what}"][number]
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- the recipe
+
+
+def ablation(root: Path) -> dict:
+    """Of figures/ablation.json, and `long` of ablation_20epochs.json: rows by key, hours of all runs."""
+    short, long = ablation_of(root, 5), ablation_of(root, 20)
+    means = {key: row["mean"] for key, row in short["rows"].items()}
+    strong = [key for key, row in short["rows"].items() if key == "drop_path" or row["title"].endswith("ment added")]
+    strong += [key for key in ("random_erasing", "mixup", "cutmix") if key in means]
+    alike = [abs(short["rows"][key]["difference"]) < 0.01 for key in ("linear", "one_cycle")]
+    return {
+        **short,
+        "long": long,
+        "order": sorted(("adamw", "constant", "cls"), key=means.get),  # without what most is lost
+        "cooldowns_alike": all(alike),
+        "augmentation_pays": any(short["rows"][key]["difference"] > 0.005 for key in strong),
+        "regularisers": [-short["rows"][key]["difference"] for key in strong],
+        "runs": {**short["runs"], **long["runs"]},
+    }
+
+
+def ablation_of(root: Path, epochs: int) -> dict:
+    name = "ablation" if epochs == 5 else f"ablation_{epochs}epochs"
+    stored = read_figures(root, name)
+    runs = find_runs(root, *(f"studies/{name}_{row['row']}_seed*" for row in stored["rows"]))
+    rows = [
+        {
+            **row,
+            "n": len(row["val_accuracies"]),
+            "command": f"python train.py --epochs {epochs} {ROWS[row['row']].flags}".strip(),
+        }
+        for row in stored["rows"]
+    ]
+    return {
+        "rows": {row["row"]: row for row in rows},
+        "epochs": epochs,
+        "several": sum(row["n"] > 1 for row in rows),
+        "n": len(runs),
+        "hours": sum(run["results"]["training_seconds"] for run in runs.values()) / 3600,
+        "last": {row["row"]: epochs_of(found)[-1] for row in stored["rows"] if (found := first_seed(runs, row["row"]))},
+        "runs": runs,
+    }
+
+
+def first_seed(runs: dict[str, dict], row: str) -> dict | None:
+    return next((run for name, run in runs.items() if name.endswith(f"_{row}_seed0.json")), None)
+
+
+def patience(root: Path) -> dict:
+    """A run without augmentation that stops early, and the same to its end."""
+    names = ("studies/patience_seed0", "studies/ablation_20epochs_no_augmentation_seed0")
+    (stopped,), (whole,) = (list(find_runs(root, name).values()) for name in names)
+    turn = 1 + int(np.argmin(whole["metrics"]["val_loss"]))
+    results = {"stopped": stopped["results"], "whole": whole["results"], "turn": turn}
+    results["planned"] = stopped["config"]["epochs"]
+    return {**results, "patience": stopped["config"]["patience"], "runs": find_runs(root, *names)}
+
+
+def crossval(root: Path) -> dict:
+    stored = read_figures(root, "crossval")
+    return {
+        **stored,
+        "each": stored["val_accuracy"]["each"],
+        "epochs": trained_by(stored)["epochs"],
+        "runs": {"crossval": stored},
+    }
+
+
+def trained_by(crossval: dict) -> dict:
+    """The folds' config; earlier versions stored it under another name."""
+    return crossval.get("trained") or crossval["config"]
+
+
+def evaluation(root: Path) -> dict:
+    """Of the committed models: calibration, the ensemble of the two, and mirrored images."""
+    stored = read_figures(root, "ensemble")
+    members = {member["name"]: member for member in stored["members"]}
+    vit, flip = (
+        read_figures(root, "VisionTransformer_evaluation"),
+        read_figures(root, "VisionTransformer_flip_evaluation"),
+    )
+    return {
+        "vit": vit,
+        "cnn": members["CNN"],
+        "gain": members["VisionTransformer"],
+        "ensemble": stored["ensemble"],
+        "flip": flip["without"],
+        "bins": len(vit["calibration"]),
+        # more right than sure, over all images
+        "modest": vit["accuracy"]
+        > sum(bin["images"] * (bin["confidence"] or 0) for bin in vit["calibration"]) / vit["images"],
+        "runs": {},
+    }
+
+
+def tried(root: Path) -> dict:
+    stored = read_figures(root, "tried_on_gpu")
+    groups = [
+        {
+            "title": group["group"],
+            "rows": [
+                {
+                    "change": row["change"],
+                    "n": len(row["val_accuracy"]),
+                    "mean": float(np.mean(row["val_accuracy"])) / 100,
+                }
+                for row in group["rows"]
+            ],
+        }
+        for group in stored["groups"]
+    ]
+    by_change = [{row["change"]: row["mean"] for row in group["rows"]} for group in groups]
+    return {"groups": groups, "vit": by_change[0], "accurate": by_change[2], "quick": by_change[3], "runs": {}}
+
+
+def recipe(_root: Path) -> dict:
+    """Today's defaults, by preset: what `train.py --preset NAME` trains with."""
+    found = {}
+    for preset in PRESETS:
+        config = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
+        values = dataclasses.asdict(config)
+        tokens = (config.img_size // config.patch_size) ** 2
+        values |= {"tokens": tokens, "head_size": config.hidden_size // config.num_heads}
+        values |= {"parameters": num_parameters(build_model(config.model, values, config.img_size, 10))}
+        found[preset] = values
+    by_tokenizer = {}
+    for preset, values in found.items():
+        by_tokenizer.setdefault(values["tokenizer"], []).append(preset)
+    found |= {"rates": train.RATES, "by_tokenizer": by_tokenizer, "resnet20": num_parameters(ResNet20())}
+    return {**found, "runs": {}}
+
+
+# --------------------------------------------------------------------------------------- other studies' one file each
+
+
+def faithfulness(root: Path) -> dict:
+    """Areas in fractions, differences from random with their intervals, and each two methods compared where stored."""
+    stored = read_figures(root, "VisionTransformer_faithfulness")
+    rankings, tests = stored["rankings"], {"deletion": 1, "insertion": -1}  # the sign of what is better
+    order = {
+        test: sorted(
+            (name for name in rankings if name != "random"), key=lambda name: sign * rankings[name][test]["area"]
+        )
+        for test, sign in tests.items()
+    }
+    words = [
+        verdict(rankings["attention"][test]["versus_random"][1:], 0) == ("below" if sign > 0 else "above")
+        for test, sign in tests.items()
+    ]
+    return {
+        **stored,
+        "steps": len(stored["removed"]) - 1,
+        "best": {test: names[0] for test, names in order.items()},
+        "attention_beats_random": all(words),
+        "attention_is_last": all(names[-1] == "attention" for names in order.values()),
+        "runs": {},
+    }
+
+
+def transfer(root: Path) -> dict:
+    stored = read_figures(root, "transfer")
+    rows = {}
+    for row in stored["table"]:
+        rows.setdefault(row["images"], {"images": row["images"], "runs": row["runs"]})[row["start"]] = row["accuracy"]
+    return {
+        "rows": list(rows.values()),
+        "fractions": stored["config"]["fractions"],
+        "tiny_over_ours": TINY_FLOPS / stored_flops(root),
+        "provenance": stored["provenance"],
+        "runs": {},
+    }
+
+
+def stored_flops(root: Path) -> int:
+    """Of the default ViT for one image, as the study has them."""
+    rows = read_figures(root, "model_comparison")["rows"]
+    return next(row["flops"] for row in rows if (row["recipe"], row["model"]) == ("default", "vit_patch4"))
+
+
+def export(root: Path) -> dict:
+    stored = read_figures(root, "VisionTransformer_export")
+    rows = stored["rows"]
+    onnx, small = rows["ONNX Runtime"], rows["ONNX Runtime, 8 bits"]
+    shorter = small["milliseconds_batch_128"] / onnx["milliseconds_batch_128"]
+    return {**stored, "smaller": small["bytes"] / onnx["bytes"], "shorter": shorter, "runs": {}}

@@ -1,0 +1,172 @@
+"""What the pages on speed, memory and cost say: as studies/facts.py, of what studies.benchmark and .scaling stored."""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+from studies import scaling as study
+from studies.benchmark import TARGET
+from studies.facts import read_figures
+from studies.peers import ReferenceViT
+from support.model import num_parameters
+
+PEERS = ["timm", "vit-pytorch"]
+YEAR = 365.25 * 24 * 3600
+EASY = 0.58  # validation accuracy that the reference reaches while it still rises
+
+
+def machine_words(provenance: dict) -> str:
+    """The processor by what matters to speed: "AMD EPYC with AVX-512 BF16"."""
+    sets, name = provenance.get("instruction_sets"), provenance.get("cpu") or "a processor"
+    if not sets:
+        return "a processor of which only the number of cores is stored"
+    return f"{name} with " + (" and ".join(name for name in sets[2:]) or sets[-1])
+
+
+def benchmark(root: Path) -> dict:
+    """A training step: rows of the table, ratios, and the rest of figures/benchmark.json."""
+    stored = read_figures(root, "benchmark")
+    medians, rows = stored["step"]["medians"], []
+    for ratio, precision, peers in ((1, "fp32", ["reference"]), (4, "fp32", PEERS), (4, "bf16", PEERS)):
+        ending = f", MLP ratio {ratio}"
+        tail = "" if precision == "fp32" else ", bf16"
+        cls, mean = (medians[f"ours{ending}, {pooling}{tail}"] for pooling in ("CLS", "mean"))
+        for peer in peers:
+            seconds = medians[f"{peer}{ending}{tail}"]
+            rows.append({"name": peer, "precision": precision, "ratio": ratio, "ours": False, "seconds": seconds})
+            rows[-1] |= {"over_cls": seconds / cls, "over_mean": seconds / mean}
+        rows.append({"precision": precision, "ratio": ratio, "ours": True, "cls": cls, "mean": mean})
+    exponents = {name.replace(" ~ ", "_of_"): value for name, value in stored["cost"]["exponents"].items()}
+    ratios = stored["step"]["ratios"]
+    return {
+        "rows": rows,
+        "low_over_timm": {
+            name: ratios[f"timm, MLP ratio 4 / ours, MLP ratio 4, {name}, bf16"] for name in ("CLS", "mean")
+        },
+        "rates": stored["step"]["flops_per_second_of_products"],
+        "shares": stored["step"]["shares_of_that_rate"],
+        "pipeline": stored["pipeline"],
+        "exponents": exponents,
+        "where": machine_words(stored["provenance"]),
+        "provenance": stored["provenance"],
+        "runs": {},
+    }
+
+
+def seconds_to(root: Path, name: str, target: float) -> float:
+    """Of the processor, until this part of the validation images was right for the first time."""
+    history = read_figures(root, f"time_to_accuracy_{name}")["history"]
+    return next(row["cpu_seconds"] for row in history if row["val_accuracy"] > target)
+
+
+def time_to_accuracy(root: Path) -> dict:
+    """Seconds of reference and quick until the target, and the reference's whole run of 20 epochs."""
+    stored, reference = read_figures(root, "time_to_accuracy"), ReferenceViT()
+    easy = {
+        name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))]
+        for name, rows in stored["reached"].items()
+    }
+    whole = read_figures(root, "time_to_accuracy_reference_0")["history"][-1]
+    found = {}
+    for name, rows in stored["reached"].items():
+        found[name] = {
+            "epochs": sorted(row["epoch"] for row in rows),
+            "wall": sorted(row["wall_seconds"] for row in rows),
+            "processor": sorted(row["cpu_seconds"] for row in rows),
+            "n": len(rows),
+        }
+        found[name] |= {f"median_{clock}": statistics.median(found[name][clock]) for clock in ("wall", "processor")}
+    cct = read_figures(root, "cct_2_0")
+    return {
+        **found,
+        "ratios": stored["ratios"],
+        "target": TARGET,
+        "reference_rate": 5e-4,  # of studies/peers.py
+        "reference_sizes": {"tokens": reference.position.shape[1], "parameters": num_parameters(reference)},
+        "before_commits": "commit" not in stored["provenance"],  # were stored
+        "easy": {"target": EASY, "ratio": statistics.median(easy["reference"]) / statistics.median(easy["quick"])},
+        "whole": whole,
+        "cct": {**cct, "last": cct["history"][-1]},
+        "provenance": stored["provenance"],
+        "runs": {},
+    }
+
+
+def precision(root: Path) -> dict:
+    stored = read_figures(root, "precision")
+    return {**stored, "where": machine_words(stored["provenance"]), "runs": {}}
+
+
+def augmentation(root: Path) -> dict:
+    """images/s of the loader and of an epoch, and what that is less than without augmentation."""
+    stored = read_figures(root, "augmentation_cost")
+    rates = stored["images_per_second"]
+    rows = {name: {**row, "cost": 1 - row["epoch"] / rates["none"]["epoch"]} for name, row in rates.items()}
+    return {"rows": rows, "provenance": stored["provenance"], "runs": {}}
+
+
+def scaling(root: Path) -> dict:
+    """Throughput, memory and the plan, as figures/scaling.json has them, the plan also for other numbers of GPUs."""
+    stored = read_figures(root, "scaling")
+    rows = stored["throughput"]
+    wide = {
+        size: [row for row in rows if row["hidden_size"] == size] for size in sorted({r["hidden_size"] for r in rows})
+    }
+    pairs = []
+    for size, members in wide.items():
+        threads, processes = (
+            next(row for row in members if (row["processes"], row["threads"]) == cores) for cores in ((1, 2), (2, 1))
+        )
+        pairs.append(
+            {
+                "hidden_size": size,
+                "gain": processes["images_per_second"] / threads["images_per_second"] - 1,
+                "speedup": processes["speedup"],
+                "step": 128 / processes["images_per_second"],
+                "all_reduce": processes["all_reduce_seconds"],
+            }
+        )
+    memory = [{"img_size": 32, "mlp_ratio": 4.0, **row} for row in stored["memory"]["rows"]]
+
+    def on_gpus(**assumptions) -> dict:
+        config = dataclasses.replace(study.Config(), **assumptions)
+        found = study.on_gpus(config, stored["plan"]["parameters"], stored["plan"]["training_flops_per_image"])
+        seconds = found["communication_seconds_per_step"], found["compute_seconds_per_step"]
+        return {**found, "share": seconds[0] / sum(seconds)}
+
+    assumed = dataclasses.asdict(study.Config())
+    wide_model = next(row for row in memory if row["hidden_size"] == pairs[-1]["hidden_size"])
+
+    first = [row for row in memory if default_sizes(row) and row["batch_size"] == 128]
+    others = [row for row in memory if row not in first]
+    return {
+        "throughput": rows,
+        "pairs": pairs,
+        "base_mb": stored["memory"]["base_mb"],
+        "memory": unique([*first, *others]),
+        "worst": max(memory, key=lambda row: abs(row["error"])),
+        "imagenet": memory[-1],
+        "plan": stored["plan"],
+        "plans": [on_gpus(gpus=1), on_gpus(), on_gpus(machines=4)],
+        "fast_gigabits": 400,
+        "fast_network": on_gpus(machines=4, network_gigabits_per_second=400),
+        "assumed": assumed,
+        "gradient_mb": 4 * wide_model["parameters"] / 1e6,
+        "largest_error": max(abs(row["error"]) for row in memory),
+        "years": assumed["epochs"] * assumed["images"] / memory[-1]["batch_size"] * memory[-1]["seconds"] / YEAR,
+        "provenance": stored["provenance"],
+        "runs": {},
+    }
+
+
+def default_sizes(row: dict) -> bool:
+    return (row["patch_size"], row["hidden_size"], row["num_blocks"], row.get("mlp_ratio", 4)) == (4, 64, 4, 4)
+
+
+def unique(rows: list[dict]) -> list[dict]:
+    """Rows without those whose sizes were there before."""
+    found = {}
+    for row in rows:
+        sizes = tuple(row.get(name) for name in ("batch_size", "img_size", "patch_size", "hidden_size", "num_blocks"))
+        found.setdefault((*sizes, row.get("mlp_ratio", 4)), row)
+    return list(found.values())
