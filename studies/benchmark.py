@@ -4,6 +4,7 @@
     python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute
     python -m studies.benchmark --augmentation       # what each augmentation costs: five minutes
     python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
+    python -m studies.benchmark --whole_runs         # the reference's whole training, and accurate's: six minutes
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
 medians, as ratios. Tables are printed and stored as JSON under figures/. What is stopped keeps the parts that are done:
@@ -28,7 +29,7 @@ from images.augment import NAMES, import_torchvision
 from network import VisionTransformer
 from runner import has_bf16
 from studies.cost import GROWTH, measure_growth, summarise_cost
-from studies.peers import ReferenceViT, time_run, train_cct_2
+from studies.peers import REFERENCE_EPOCHS, ReferenceViT, time_run, train_cct_2
 from studies.steps import our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
 from support.files import figures_folder
@@ -48,7 +49,10 @@ class Config:
     augmentation: bool = False  # what each augmentation costs: images/s of the loader alone and of a training epoch
     time_to_accuracy: bool = False  # train reference and quick ViT until 60.63 % validation accuracy
     seeds: int = 3  # runs of each in time_to_accuracy
-    contender: str | None = None  # one run: reference or quick (of time_to_accuracy), or cct_2 with its authors' recipe
+    whole_runs: bool = (
+        False  # processor seconds of whole trainings, the reference's and accurate's, from parts in turns
+    )
+    contender: str | None = None  # one run: the reference, a preset, or cct_2 with its authors' recipe
     seed: int = 0  # of that run
     cct_epochs: int = 11  # that cct_2 trains: as many as fit in the time of the reference's 20
     stop_at: float = TARGET  # validation accuracy (a fraction) at which that run ends; 1 trains all its epochs
@@ -70,6 +74,8 @@ def main(args: list[str] | None = None) -> None:
             run_contender(config, config.contender, config.seed)
         elif config.time_to_accuracy:
             store(config, "time_to_accuracy", time_to_accuracy(config))
+        elif config.whole_runs:
+            store(config, "whole_runs", compare_whole_runs(config))
         elif config.precision:
             store(config, "precision", compare_precisions(config))
         elif config.augmentation:
@@ -288,6 +294,25 @@ def time_to_accuracy(config: Config) -> dict:
         ratios[clock] = statistics.median(seconds["reference"]) / statistics.median(seconds["quick"])
         print(f"\nratio of medians, {clock.replace('_', ' ')}: {ratios[clock]:.1f}")
     return {"reached": reached, "ratios": ratios}
+
+
+def compare_whole_runs(config: Config, part: float = 0.25, turns: int = 3) -> dict:
+    """Processor seconds of the reference's and of accurate's training, with loading and without validation: medians of
+    parts of an epoch in turns, times the epochs."""
+    epochs = {"reference": REFERENCE_EPOCHS, "accurate": PRESETS["accurate"]["epochs"]}
+    seconds = {name: [] for name in epochs}
+    for turn in range(turns):
+        for name, values in seconds.items():
+            history = time_run(name, turn, 1.0, config.data_dir, part)
+            values.append(history[-1]["cpu_seconds"] / part)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [
+        {"training": name, "epochs": n, "epoch": medians[name], "whole": n * medians[name]}
+        for name, n in epochs.items()
+    ]
+    print("\nSeconds of the processor")
+    print_table(rows, "training epochs epoch:.1f whole:,.0f")
+    return {"seconds_of_an_epoch": seconds, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from support.model import num_parameters
 from training.callbacks import WithProgress
 from training.models import build_model
 from training.optim import build_optimizer, build_schedule
+from training.presets import PRESETS
+
+REFERENCE_EPOCHS = 20
 
 
 class ReferenceViT(nn.Module):
@@ -114,8 +117,11 @@ class History:
         return np.array([time.perf_counter(), time.process_time()])
 
 
-def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) -> list[dict]:
-    """The history of the reference, or of `--preset quick`, until `stop_at` of the validation images are right.
+def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None, part: float | None = None) -> list[dict]:
+    """The history of the reference, or of a preset, until `stop_at` of the validation images are right.
+
+    Args:
+        part: epochs to train; default: all of them.
 
     Raises:
         ValueError: there is no such contender.
@@ -124,23 +130,24 @@ def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None) ->
     data = load_data("cifar10", data_dir)
     history = History(stop_at=stop_at)
     if contender == "reference":
-        model, epochs, schedule, precision = ReferenceViT(), 20, None, "fp32"
+        model, epochs, schedule, precision, smoothing = ReferenceViT(), REFERENCE_EPOCHS, None, "fp32", 0.0
         train_loader = DataLoader(PILDataset(data.train), batch_size=128, shuffle=True)
         val_loader = DataLoader(PILDataset(data.val), batch_size=128)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
-    elif contender == "quick":
-        quick = cli.parse(train.Config, ["--preset", "quick"], train.dependent_defaults, remember=False)
-        model, epochs = build_model(quick.model, dataclasses.asdict(quick), data.image_size, 10), quick.epochs
-        train.set_first_weights(model, data, quick)
-        precision = choose_precision(quick.precision, torch.device("cpu"))
-        train_loader = data.loader("train", quick.batch_size, shuffle=True, augment=quick.augment, seed=seed)
+    elif contender in PRESETS:
+        preset = cli.parse(train.Config, ["--preset", contender], train.dependent_defaults, remember=False)
+        model, epochs = build_model(preset.model, dataclasses.asdict(preset), data.image_size, 10), preset.epochs
+        train.set_first_weights(model, data, preset)
+        precision, smoothing = choose_precision(preset.precision, torch.device("cpu")), preset.label_smoothing
+        train_loader = data.loader("train", preset.batch_size, shuffle=True, augment=preset.augment, seed=seed)
         val_loader = data.loader("val", 500)
-        optimizer = build_optimizer(model, quick.optimizer, quick.lr, quick.weight_decay, momentum=quick.momentum)
-        schedule = build_schedule(optimizer, steps_in(epochs, len(train_loader)), quick.warmup)
+        optimizer = build_optimizer(model, preset.optimizer, preset.lr, preset.weight_decay, momentum=preset.momentum)
+        schedule = build_schedule(optimizer, steps_in(epochs, len(train_loader)), preset.warmup)
     else:
-        raise ValueError(f"unknown contender {contender!r}: choose reference, quick or cct_2")
-    runner = Runner(model, optimizer, nn.CrossEntropyLoss(), "cpu", schedule, precision=precision, callbacks=[history])
-    runner.train(WithProgress(train_loader, f"{contender}, seed {seed}"), val_loader, epochs)
+        raise ValueError(f"unknown contender {contender!r}: choose reference, {', '.join(PRESETS)} or cct_2")
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    runner = Runner(model, optimizer, criterion, "cpu", schedule, precision=precision, callbacks=[history])
+    runner.train(WithProgress(train_loader, f"{contender}, seed {seed}"), val_loader, part or epochs)
     return history.rows
 
 

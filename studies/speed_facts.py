@@ -76,7 +76,7 @@ def time_to_accuracy(root: Path) -> dict:
             "n": len(rows),
         }
         found[name] |= {f"median_{clock}": statistics.median(found[name][clock]) for clock in ("wall", "processor")}
-    cct = read_figures(root, "cct_2_0")
+    cct, whole_runs = read_figures(root, "cct_2_0"), read_figures(root, "whole_runs")
     return {
         **found,
         "ratios": stored["ratios"],
@@ -86,6 +86,8 @@ def time_to_accuracy(root: Path) -> dict:
         "before_commits": "commit" not in stored["provenance"],  # were stored
         "easy": {"target": EASY, "ratio": statistics.median(easy["reference"]) / statistics.median(easy["quick"])},
         "whole": whole,
+        "whole_runs": {row["training"]: row for row in whole_runs["rows"]},
+        "whole_runs_machine": machine_words(whole_runs["provenance"]),
         "cct": {**cct, "last": cct["history"][-1]},
         "provenance": stored["provenance"],
         "runs": {},

@@ -10,6 +10,7 @@ from torch import nn
 
 from runner import Runner
 from studies import benchmark, peers
+from training.presets import PRESETS
 
 
 class FakeTime:
@@ -116,6 +117,21 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
     assert together["ratios"].keys() == {"wall_seconds", "cpu_seconds"}
     with pytest.raises(SystemExit):
         run_main("studies.benchmark", "--contender", "nobody", "--output_dir", tmp_path)
+
+
+def test_whole_runs_are_the_epochs_times_the_median_of_their_parts(tmp_path, monkeypatch, capsys):
+    seconds = {"reference": iter([9.0, 2.0, 1.0]), "accurate": iter([4.0, 1.0, 3.0])}
+    monkeypatch.setattr(benchmark, "time_run", lambda name, *args: [{"cpu_seconds": next(seconds[name])}])
+    run_main("studies.benchmark", "--whole_runs", "--output_dir", tmp_path)
+    stored = json.loads((tmp_path / "whole_runs.json").read_text(encoding="utf-8"))
+    assert [row["whole"] for row in stored["rows"]] == [20 * 8.0, PRESETS["accurate"]["epochs"] * 12.0]
+    assert "| reference | 20 | 8.0 | 160 |" in re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_part_of_a_presets_run_is_timed(monkeypatch):
+    monkeypatch.setattr(peers, "load_data", lambda *args: benchmark.synthetic_data(256))
+    (row,) = peers.time_run("quick", 0, 1.0, None, 0.5)
+    assert row["cpu_seconds"] > 0 and row["epoch"] == 1
 
 
 def test_each_preset_is_timed_in_both_precisions(tmp_path, monkeypatch, capsys):
