@@ -192,9 +192,8 @@ def read_report(name: str, options: StudyOptions, tested: bool = False) -> dict:
 def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table of rows of texts by column; the first column, recipes and commands are set to the left."""
     frame = pd.DataFrame(rows)
-    align = [
-        "left" if i == 0 or name in ("recipe", "command", "flags") else "right" for i, name in enumerate(frame.columns)
-    ]
+    left = {frame.columns[0], "recipe", "command", "flags"}
+    align = ["left" if name in left else "right" for name in frame.columns]
     return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 

@@ -221,14 +221,12 @@ def planned_comparison(config: Config, best: FrozenTrial) -> dict[str, list[tupl
 
 def read_comparison(config: Config, wanted: dict) -> dict | None:
     """Validation accuracies seed by seed, as far as both are stored, and how sure their difference is."""
-    found = {
-        what: {
-            seed: runs.read_report(name, config)
-            for seed, (name, _) in enumerate(both, start=1)
-            if (config.saved / f"{name}.json").exists()
-        }
-        for what, both in wanted.items()
-    }
+    found = {what: {} for what in wanted}
+    for what, both in wanted.items():
+        for seed, (name, flags) in enumerate(both, start=1):
+            if (config.saved / f"{name}.json").exists():
+                runs.require_same_hyperparameters(name, flags, config)
+                found[what][seed] = runs.read_report(name, config)
     seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
     if not seeds:
         return None
@@ -284,14 +282,12 @@ def as_markdown(config: Config, rows: list[dict], best: int, compared: dict | No
         for row in shown
     ]
     hours = sum(row["seconds"] or 0 for row in rows) / 3600
-    count = {
-        state: sum(row["state"] == state for row in rows) for state in ("finished", "pruned", "given up", "running")
-    }
-    states = ", ".join(f"{number} {state}" for state, number in count.items() if number)
+    count = Counter(row["state"] for row in rows)
+    states = ", ".join(f"{number} {state}" for state, number in count.items())
     epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
     note = (
-        f"Validation accuracy of `python train.py {config.common}` with these flags, and the points that it is above the "
-        f"default. Trials of {epochs} on {config.dataset}: {states}; {hours:.1f} hours in all."
+        f"Validation accuracy of `python train.py {config.common}` with these flags; points are to the default's. "
+        f"Trials of {epochs} on {config.dataset}: {states}; {hours:.1f} hours in all."
     )
     parts = [runs.markdown(table), note]
     return "\n\n".join(parts + ([comparison_in_words(best, compared)] if compared else []))

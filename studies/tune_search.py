@@ -224,16 +224,9 @@ class Search:
         return f"the same as trial {twins[0]}" if twins else "one too many" if len(others) >= self.trials else None
 
     def train(self, trial: optuna.Trial) -> None:
-        flags = f"{self.common} {flags_of(trial.params, self.common)}"
-        trial.set_user_attr("worker", this_process())
-        trial.set_user_attr("command", f"python train.py {flags}")
-        begun = sum(other.number <= trial.number for other in counted(self.study))
-        title = f"trial {trial.number} ({begun} of {self.trials}): {flags_of(trial.params, self.common)}"
-        width = shutil.get_terminal_size().columns
-        print("\n" + textwrap.fill(title, width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
         folder = self.folder / f"trial{trial.number}"
         try:
-            state, why, error = self.outcome(trial, [*shlex.split(flags), "--output_dir", str(folder)])
+            state, why, error = self.outcome(trial, folder)
             if why:
                 trial.set_user_attr("why", why)
             values = frozen(self.study, trial.number).intermediate_values
@@ -251,15 +244,24 @@ class Search:
         if error:
             raise error
 
-    def outcome(self, trial: optuna.Trial, flags: list[str]) -> tuple[TrialState, str, BaseException | None]:
+    def outcome(self, trial: optuna.Trial, folder: Path) -> tuple[TrialState, str, BaseException | None]:
         """Train; returns how it ended, why, and what ends the search with it."""
         try:
+            trial.set_user_attr("worker", this_process())
+            chosen = flags_of(trial.params, self.common)
+            trial.set_user_attr("command", f"python train.py {self.common} {chosen}")
+            begun = sum(other.number <= trial.number for other in counted(self.study))
+            title, width = f"trial {trial.number} ({begun} of {self.trials})", shutil.get_terminal_size().columns
+            print("\n" + textwrap.fill(f"{title}: {chosen}", width, subsequent_indent="  ", break_on_hyphens=False))
+            flags = [*shlex.split(f"{self.common} {chosen}"), "--gif_frames", "0", "--output_dir", str(folder)]
             with signals_as_before(), cli.calling_another():
-                train.main([*flags, "--gif_frames", "0"], [Watch(trial, self.deadline, self.parent)])
+                train.main(flags, [Watch(trial, self.deadline, self.parent)])
         except optuna.TrialPruned:
             return TrialState.PRUNED, "", None
         except Stopped as stopped:
             return TrialState.FAIL, str(stopped), KeyboardInterrupt() if str(stopped) == INTERRUPTED else None
+        except KeyboardInterrupt as interrupt:
+            return TrialState.FAIL, INTERRUPTED, interrupt
         except SystemExit as stop:
             if isinstance(stop.__context__, NonFiniteLoss):
                 return TrialState.PRUNED, DIVERGED, None
