@@ -35,6 +35,7 @@ from studies.tune_search import (
     best_of,
     counted,
     describe,
+    lock_of,
     open_study,
     settings_of,
     signals_as_before,
@@ -72,6 +73,11 @@ class Config(runs.StudyOptions):
         return f"tune_{self.model}{self.suffix}"
 
     @property
+    def where(self) -> str:
+        """The storage."""
+        return self.storage or f"sqlite:///{(self.saved / self.name).as_posix()}.db"
+
+    @property
     def common(self) -> str:
         """Flags to train.py of all trials."""
         return f"--model {self.model} --dataset {self.dataset} --epochs {self.epochs} --seed 0 --no_test"
@@ -93,12 +99,12 @@ def main(args: list[str] | None = None) -> None:
 
 
 def open_search(config: Config) -> optuna.Study:
-    space, where = SPACES[config.model], config.storage or f"sqlite:///{(config.saved / config.name).as_posix()}.db"
+    space = SPACES[config.model]
     if not config.train and not config.storage and not (config.saved / f"{config.name}.db").exists():
         raise ValueError(f"no search is stored in {config.saved / config.name}.db")
     settings = settings_of(space, dataset=config.dataset, epochs=config.epochs)
     default = default_params(space, config.common) if config.train else None
-    study = open_study(where, config.name, settings, default)
+    study = open_study(config.where, config.name, settings, default)
     study.sampler = SamplerByNumber(config.seed, startup=max(2, min(10, config.trials // 3)))
     study.pruner = PRUNERS[config.pruner](config.epochs, config.trials)
     return study
@@ -135,7 +141,8 @@ def search_here(config: Config, study: optuna.Study) -> None:
         os.environ["DATA_DIR"] = config.data_dir
     folder = config.saved / f"{config.name}_trials"
     with signals_as_before(sigterm=interrupt):
-        Search(study, SPACES[config.model], config.common, config.trials, deadline, folder, parent).run()
+        lock = lock_of(config.where)
+        Search(study, SPACES[config.model], config.common, config.trials, deadline, folder, parent, lock).run()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -174,8 +181,8 @@ def say_ended(study: optuna.Study, known: set[int]) -> None:
     """A line for each trial that has ended and is not in `known`, which it is added to."""
     for trial in study.get_trials(deepcopy=False):
         if trial.state.is_finished() and trial.number not in known:
-            known.add(trial.number)
             print(describe(trial, study), flush=True)
+            known.add(trial.number)
 
 
 # -------------------------------------------------------------------------------------------------------- the report

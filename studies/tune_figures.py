@@ -9,6 +9,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from support.figures import BLUE, DARK, GREY, VERMILLION, add_axes, new_figure, save_figure
 
 FEWEST = 4  # finished trials from which importance is computed
+SHOWN = 25  # points below the best that are still in the picture
 
 
 def draw_all(study: optuna.Study, rows: list[dict], best: int, prefix: Path, config) -> list[Path]:
@@ -39,8 +40,10 @@ def importance(study: optuna.Study) -> dict[str, float] | None:
 
 def draw_history(rows: list[dict], best: int, path: Path, title: str, note: str) -> Figure:
     """Left each trial's accuracy in the order of their numbers, and the best until then; right epoch by epoch."""
-    figure = new_figure(760, 400, title, note)
-    left, right = add_axes(figure, 60, 92, 400, 250), add_axes(figure, 530, 92, 210, 250)
+    lowest = 100 * rows[best]["val_accuracies"][-1] - SHOWN
+    below = sum(bool(row["val_accuracies"]) and 100 * row["val_accuracies"][-1] < lowest for row in rows)
+    figure = new_figure(760, 400, title, note + f"; {below} so low that they are not shown" * bool(below))
+    left, right = add_axes(figure, 72, 92, 390, 250), add_axes(figure, 530, 92, 210, 250)
     seen, highest, until = [], [], 0.0
     for row in rows:
         values = [100 * value for value in row["val_accuracies"]]
@@ -64,6 +67,7 @@ def draw_history(rows: list[dict], best: int, path: Path, title: str, note: str)
     left.set(xlabel="trial; 0 is the default", ylabel="validation accuracy, %")
     right.set(xlabel="epoch")
     for axes in (left, right):
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest))
         axes.grid()
         axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)

@@ -5,7 +5,6 @@ next process that looks: at once where it can see that the process of the trial 
 the trial has given no sign of life for GRACE seconds.
 """
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -17,11 +16,13 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
 import psutil
+from filelock import FileLock
 from optuna.distributions import distribution_to_json
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
@@ -108,6 +109,12 @@ def open_study(where: str, name: str, settings: dict, default: dict | None) -> o
     return study
 
 
+def lock_of(where: str) -> AbstractContextManager:
+    """Within it one process at a time begins a trial. SQLite does not see to that: two processes that ask at once may
+    get the same waiting trial. Servers lock its row, and the journal is in one order for all."""
+    return FileLock(f"{where.removeprefix('sqlite:///')}.lock") if where.startswith("sqlite:///") else nullcontext()
+
+
 def settings_of(space: Space, **others) -> dict:
     """What all trials of a search have in common."""
     return {**others, "space": {name: distribution_to_json(choices) for name, choices in space.items()}}
@@ -188,6 +195,7 @@ class Search:
         deadline: of `time.monotonic()`, after which nothing is trained.
         folder: for what trials write, which is deleted when they end.
         parent: the process that started this one, if it is to end with that.
+        lock: see `lock_of`.
     """
 
     study: optuna.Study
@@ -197,6 +205,7 @@ class Search:
     deadline: float
     folder: Path
     parent: int | None = None
+    lock: AbstractContextManager = field(default_factory=nullcontext)
 
     def run(self) -> None:
         """Train trials until there are as many as asked for, counting those of other processes, or time is over.
@@ -206,10 +215,12 @@ class Search:
             SystemExit: train.py could not train, and has said why.
         """
         while time.monotonic() < self.deadline:
-            give_up_dead(self.study, self.folder)
-            if len(counted(self.study)) >= self.trials:
-                return
-            trial = self.study.ask(self.space)
+            with self.lock:
+                give_up_dead(self.study, self.folder)
+                if len(counted(self.study)) >= self.trials:
+                    return
+                trial = self.study.ask(self.space)
+                trial.set_user_attr("worker", this_process())
             if reason := self.superfluous(trial):
                 trial.set_user_attr("why", reason)
                 self.study.tell(trial, state=TrialState.FAIL)
@@ -247,7 +258,6 @@ class Search:
     def outcome(self, trial: optuna.Trial, folder: Path) -> tuple[TrialState, str, BaseException | None]:
         """Train; returns how it ended, why, and what ends the search with it."""
         try:
-            trial.set_user_attr("worker", this_process())
             chosen = flags_of(trial.params, self.common)
             trial.set_user_attr("command", f"python train.py {self.common} {chosen}")
             begun = sum(other.number <= trial.number for other in counted(self.study))
@@ -271,7 +281,7 @@ class Search:
         return TrialState.COMPLETE, "", None
 
 
-@contextlib.contextmanager
+@contextmanager
 def signals_as_before(sigterm: Callable | None = None) -> Iterator[None]:
     """Afterwards Ctrl-C and SIGTERM do what they did before.
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import optuna
@@ -21,6 +22,7 @@ from studies import tune_search
 from studies.tune_space import SPACES, default_params, flags_of
 from support.model import num_parameters
 from support.report import read_json
+from support.significance import paired_t
 
 FLAGS = "--model cnn --dataset digits --epochs 2 --seeds 0".split()
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -93,6 +95,16 @@ def test_no_vit_of_the_space_has_many_more_parameters_than_the_default():
             32, 64, 10, heads, 4, patch_size=4, mlp_ratio=max(space["mlp_ratio"].choices), pooling="mean"
         )
         assert num_parameters(model) <= 220_000
+
+
+def test_paired_differences_and_their_interval():
+    """By hand: differences of 2, 1 and 3 points, whose standard error is 1 / sqrt(3), and t(0.975, 2) = 4.3027."""
+    found = paired_t([0.72, 0.71, 0.73], [0.70, 0.70, 0.70])
+    assert found["difference"] == pytest.approx(0.02)
+    assert found["interval"] == pytest.approx([0.02 - 0.043027 / 3**0.5, 0.02 + 0.043027 / 3**0.5], rel=1e-4)
+    assert found["p"] == pytest.approx(0.0742, abs=1e-4)
+    assert paired_t([0.7], [0.6])["interval"] is None
+    assert paired_t([0.7, 0.8], [0.6, 0.7])["interval"] == pytest.approx([0.1, 0.1])
 
 
 # -------------------------------------------------------------------------------------------- what a trial is fed
@@ -234,15 +246,17 @@ def test_table_pictures_and_json(killed, capsys):
     assert "the same results as before" in capsys.readouterr().out
 
 
-def test_two_processes_share_a_search_and_train_nothing_twice(tmp_path):
-    """In Optuna's journal, as further machines might, both begun at once."""
-    flags = [*FLAGS, "--trials", "7", "--no_report", "--storage", tmp_path / "journal.log", "--output_dir", tmp_path]
+@pytest.mark.parametrize("where", ["sqlite", "journal"])
+def test_two_processes_share_a_search_and_train_nothing_twice(tmp_path, where):
+    """Begun at once, when both find the waiting default."""
+    where = {"sqlite": f"sqlite:///{tmp_path}/tune.db", "journal": f"{tmp_path}/journal.log"}[where]
+    flags = [*FLAGS, "--epochs", "1", "--trials", "5", "--no_report", "--storage", where, "--output_dir", tmp_path]
     both = [start("studies.tune", *flags) for _ in range(2)]
     outs = [finish(process) for process in both]
-    trials = trials_in(str(tmp_path / "journal.log"))
+    trials = trials_in(where)
     ended = [trial for trial in trials if trial.state in ENDED]
-    assert len(ended) == 7 and not any(trial.state == TrialState.RUNNING for trial in trials)
-    assert len({json.dumps(trial.params, sort_keys=True) for trial in ended}) == 7
+    assert len(ended) == 5 and not any(trial.state == TrialState.RUNNING for trial in trials)
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in ended}) == 5
     assert len({trial.user_attrs["worker"][1] for trial in ended}) == 2
     titles = [re.findall(r"^trial (\d+) \(", out, flags=re.MULTILINE) for out in outs]
     assert all(titles) and not set(titles[0]) & set(titles[1])  # each trained by one
@@ -289,3 +303,23 @@ def test_a_search_of_other_settings_is_not_mixed_in(killed, capfd):
     folder, _, _ = killed
     with refused(capfd, folder / "figures", "has epochs 2", script="studies.tune"):
         run_main("studies.tune", *whole_search(folder), "--epochs", 3)
+
+
+def test_a_waiting_trial_is_given_to_one_of_several_processes(tmp_path):
+    """SQLite gave it to two that asked at once; here eight do, again and again."""
+    where = f"sqlite:///{tmp_path}/tune.db"
+    study = optuna.create_study(study_name="tune_cnn_digits", storage=tune_search.open_storage(where))
+    for number in range(24):
+        study.enqueue_trial({"x": number})
+    with ThreadPoolExecutor(8) as pool:
+        asked = [number for numbers in pool.map(ask_three, [where] * 8) for number in numbers]
+    assert sorted(asked) == list(range(24))
+
+
+def ask_three(where):
+    study, lock = optuna.load_study(study_name="tune_cnn_digits", storage=where), tune_search.lock_of(where)
+    numbers = []
+    for _ in range(3):
+        with lock:
+            numbers.append(study.ask().number)
+    return numbers
