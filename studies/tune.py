@@ -15,6 +15,7 @@ the best configuration and the default are trained at train.py's full length wit
 Writes figures/tune_<model>.md, .json, _history.png and _importance.png.
 """
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -140,11 +141,13 @@ def search_here(config: Config, study: optuna.Study) -> None:
     if config.data_dir is not None:  # not as a flag: a command that is stored need not say where data lay
         os.environ["DATA_DIR"] = config.data_dir
     folder = config.saved / f"{config.name}_trials"
-    with signals_as_before(sigterm=interrupt):
-        lock = lock_of(config.where)
-        Search(study, SPACES[config.model], config.common, config.trials, deadline, folder, parent, lock).run()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    lock = lock_of(config.where)
+    try:
+        with signals_as_before(sigterm=interrupt):
+            Search(study, SPACES[config.model], config.common, config.trials, deadline, folder, parent, lock).run()
+    finally:
+        with contextlib.suppress(OSError):  # it is not there, or another process has a trial in it
+            folder.rmdir()
 
 
 def search_side_by_side(config: Config, study: optuna.Study) -> None:
