@@ -14,6 +14,7 @@ images: images/augment.py.
 
 import gzip
 import hashlib
+import inspect
 import os
 import pickle
 import sys
@@ -92,6 +93,7 @@ def load_data(
     val_fraction: float = 0.2,
     split_seed: int = 0,
     img_size: int = 32,
+    test: bool = True,
 ) -> Dataset:
     """The data set by name, with a seeded random train/validation split.
 
@@ -104,6 +106,7 @@ def load_data(
         split_seed: which images these are. It does not change with the training seed, so that validation images of
             one run are never training images of another.
         img_size: side in pixels that a folder's pictures are brought to; the other data sets have 32.
+        test: whether to load the test images; without, that split is empty, and the others are as they are with it.
 
     Raises:
         DataError: unknown name, a damaged file, or one that cannot be downloaded; nothing half-written is left.
@@ -116,23 +119,26 @@ def load_data(
     folder = data_folder(data_dir)
     if dataset == "auto":
         try:
-            return load_data("cifar10", folder, val_fraction, split_seed)
+            return load_data("cifar10", folder, val_fraction, split_seed, test=test)
         except DownloadError as error:
             warn_about_digits(error)
             dataset = "digits"
     if dataset not in DATASETS:
-        return load_folder(dataset, img_size, val_fraction, split_seed)
+        return load_folder(dataset, img_size, val_fraction, split_seed, test)
     if img_size != 32:
         raise DataError(f"img_size {img_size} is for folders of pictures: the images of {dataset} have 32 pixels")
     if (Path(dataset) / "train").is_dir():
         print(f"{dataset} is the data set of that name; for the folder {dataset} say ./{dataset}", file=sys.stderr)
-    train, test, classes, flip = DATASETS[dataset](folder)
-    train.ids, test.ids = torch.arange(len(train)), len(train) + torch.arange(len(test))  # which never change
+    read = DATASETS[dataset]
+    leave_out = {} if test or "test" not in inspect.signature(read).parameters else {"test": False}
+    train, tested, classes, flip = read(folder, **leave_out)
+    train.ids, tested.ids = torch.arange(len(train)), len(train) + torch.arange(len(tested))  # which never change
+    tested = tested if test else tested.subset(slice(0))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     num_val = round(len(train) * val_fraction)
     if val_fraction and not 0 < num_val < len(train):
         raise DataError(f"val_fraction {val_fraction} of {len(train)} images leaves a split empty")
-    return Dataset(dataset, classes, train.subset(order[num_val:]), train.subset(order[:num_val]), test, flip)
+    return Dataset(dataset, classes, train.subset(order[num_val:]), train.subset(order[:num_val]), tested, flip)
 
 
 def data_folder(data_dir: str | Path | None) -> Path:
@@ -140,7 +146,7 @@ def data_folder(data_dir: str | Path | None) -> Path:
     return Path(data_dir or os.environ.get("DATA_DIR") or home() / "data")
 
 
-def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: int) -> Dataset:
+def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: int, test: bool = True) -> Dataset:
     """Your own pictures, under the name of their folder."""
     folder = Path(dataset)
     if not folder.is_dir():
@@ -148,7 +154,7 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
             f"dataset {dataset!r} is neither a known name nor a folder: choose auto, {', '.join(DATASETS)}, "
             f"or a folder with train/<class>/*.jpg in it{cli.did_you_mean(dataset, ['auto', *DATASETS])}"
         )
-    classes, splits = read_folder(folder, img_size, val_fraction, split_seed)
+    classes, splits = read_folder(folder, img_size, val_fraction, split_seed, test)
     folder = folder.resolve()
     name = folder.name or "pictures"
     if name.lower() in DATASETS:
@@ -175,13 +181,15 @@ def warn_about_digits(error: Exception) -> None:
 # ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
-def read_cifar(cifar: Cifar, data_dir: Path) -> Parts:
-    """The 50,000 training and 10,000 test images and the class names, each file md5-checked.
+def read_cifar(cifar: Cifar, data_dir: Path, test: bool = True) -> Parts:
+    """The 50,000 training and 10,000 test images (without `test` none) and the class names, each file md5-checked.
 
     Looks for the folder (`cifar-10-batches-py`) in `data_dir`, else unpacks the archive there, else downloads it.
     """
     folder = data_dir / cifar.folder
-    if any(not (folder / name).exists() for name in cifar.files):
+    *_, test_file, _ = cifar.files
+    needed = [name for name in cifar.files if test or name != test_file]
+    if any(not (folder / name).exists() for name in needed):
         try:
             unpack(cifar, find_or_download_archive(cifar, data_dir), folder)
         except DownloadError as error:
@@ -189,16 +197,16 @@ def read_cifar(cifar: Cifar, data_dir: Path) -> Parts:
             if len(missing) < len(cifar.files):  # a broken folder is an error; no folder may fall back to digits
                 raise DataError(f"{folder} lacks {', '.join(missing)}, and {error}") from None
             raise
-    *train, test, meta = (
-        pickle.loads(read_verified(folder / name, md5), encoding="latin1") for name, md5 in cifar.files.items()
-    )
+    read = {name: pickle.loads(read_verified(folder / name, cifar.files[name]), encoding="latin1") for name in needed}
+    *train, meta = (contents for name, contents in read.items() if name != test_file)
 
     def split(parts: list[dict]) -> Split:
         images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([part[f"{cifar.labels}labels"] for part in parts])
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
-    return split(train), split([test]), meta[f"{cifar.labels}label_names"], True
+    images, classes = split(train), meta[f"{cifar.labels}label_names"]
+    return images, split([read[test_file]]) if test else images.subset(slice(0)), classes, True
 
 
 def read_verified(path: Path, md5: str) -> bytes:
@@ -320,10 +328,10 @@ def read_digits() -> Parts:
 
 
 # `--dataset NAME`: a function of the data folder that gives training and test images, the names of the classes, and
-# whether a mirrored image still belongs to its class.
-DATASETS: dict[str, Callable[[Path], Parts]] = {
-    "cifar10": lambda data_dir: read_cifar(CIFAR["cifar10"], data_dir),
-    "cifar100": lambda data_dir: read_cifar(CIFAR["cifar100"], data_dir),
+# whether a mirrored image still belongs to its class. One that takes `test` too can do without the test images.
+DATASETS: dict[str, Callable[..., Parts]] = {
+    "cifar10": lambda data_dir, test=True: read_cifar(CIFAR["cifar10"], data_dir, test),
+    "cifar100": lambda data_dir, test=True: read_cifar(CIFAR["cifar100"], data_dir, test),
     "mnist": lambda data_dir: read_mnist("MNIST", data_dir, flip=False),
     "fashionmnist": lambda data_dir: read_mnist("FashionMNIST", data_dir, flip=True),  # a left shoe is a shoe
     "svhn": read_svhn,

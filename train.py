@@ -12,6 +12,7 @@ and figures/<name>_curves.png, <name>_attention_maps.png and <name>_animation.gi
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,7 +114,7 @@ DIGITS = {"epochs": 12, "batch_size": 16}
 FINE_TUNING_RATE = 5e-4  # of AdamW and Adam on timm's published weights, as in BEiT (Bao et al. 2022)
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None, callbacks: Iterable[object] = ()) -> None:
     config = cli.parse(Config, args, dependent_defaults, stored_values)
     with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
@@ -152,6 +153,7 @@ def main(args: list[str] | None = None) -> None:
             runner.callbacks.append(best)
         if deadline:
             runner.callbacks.append(deadline)
+        runner.callbacks += callbacks
         runner.callbacks += run.callbacks(val_loader)  # live results, the GIF's frames, TensorBoard, checkpoints
 
         if not run.start(runner, train_loader):  # it had finished already
@@ -191,7 +193,9 @@ def with_defaults(config: Config, **changes) -> Config:
 def load_images(config: Config) -> Dataset:
     """The data set, or the part of it that is asked for; the same for all processes."""
     with distributed.main_process_first():
-        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
+        data = load_data(
+            config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size, config.test
+        )
     if config.dataset == "auto":
         vars(config).update(vars(with_defaults(config, dataset=data.name)))
     if config.fold is not None:

@@ -22,13 +22,15 @@ from images.reading import ImageError, read_image, to_array
 TEST_FRACTION = 0.2  # fixed: a test image of one run is a training image of no other
 
 
-def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -> tuple[list[str], dict[str, Split]]:
+def read_folder(
+    folder: Path, side: int, val_fraction: float, split_seed: int, test: bool = True
+) -> tuple[list[str], dict[str, Split]]:
     """The pictures below `train`, `val` and `test` in `folder`, each brought to `side` by `side` pixels.
 
     Where there is no `test`, a fifth of the training pictures is held out, always the same ones; where there is no
     `val`, then about the part `val_fraction` of the others, chosen by `split_seed`. Pictures of `val` and `test` that
     are also in `train` are left out, and files that cannot be read; how many is said on stderr. Hidden files (.name) do
-    not count.
+    not count. Without `test` those of that folder are not read, and the split "test" is empty.
 
     Returns:
         The names of the classes, and the splits "train", "val" and "test", each in a random order that depends on the
@@ -50,7 +52,7 @@ def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -
         )
     splits = {}
     for name in ("train", "val", "test"):
-        if not (folder / name).is_dir():
+        if not (folder / name).is_dir() or (name == "test" and not test):
             continue
         if different := set(classes) ^ set(subfolders(folder / name)):
             listed = ", ".join(map(repr, sorted(different)))
@@ -59,14 +61,17 @@ def read_folder(folder: Path, side: int, val_fraction: float, split_seed: int) -
             )
         splits[name] = read_split(folder / name, classes, side)
     for name, fraction, draw in (("test", TEST_FRACTION, "test"), ("val", val_fraction, f"val {split_seed}")):
-        if name not in splits:
+        if not (folder / name).is_dir():
             held = [position(identity, draw) < fraction for identity in splits["train"].ids.tolist()]
             held = torch.tensor(held, dtype=torch.bool)
             splits["train"], splits[name] = splits["train"].subset(~held), splits["train"].subset(held)
     splits["val"] = without(splits["val"], [splits["train"]], folder / "val")
-    splits["test"] = without(splits["test"], [splits["train"], splits["val"]], folder / "test")
-    for name, split in splits.items():
-        require_pictures(name, split, classes, folder)
+    if test:
+        splits["test"] = without(splits["test"], [splits["train"], splits["val"]], folder / "test")
+    else:
+        splits["test"] = splits["train"].subset(slice(0))
+    for name in ("train", "val", "test")[: 3 if test else 2]:
+        require_pictures(name, splits[name], classes, folder)
     return classes, splits
 
 

@@ -45,8 +45,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: torch.Tensor) -> "Split":
+    def subset(self, indices: torch.Tensor | slice) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.ids[indices])
+
+
+def agree(marks: dict[str, str], others: dict[str, str]) -> bool:
+    """Whether these fingerprints by name are equal as far as both are known."""
+    return all(marks[name] == others[name] for name in marks.keys() & others.keys())
 
 
 def join(splits: list[Split]) -> Split:
@@ -153,8 +158,16 @@ class Dataset:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of each part how many images it has, and a hash of which these are and of their classes."""
-        return {part: self.fingerprint(getattr(self, part)) for part in ("train", "val", "test")}
+        """Of each part how many images it has, and a hash of which these are and of their classes; not of test images
+        that are not loaded."""
+        parts = ("train", "val", "test") if len(self.test) else ("train", "val")
+        return {part: self.fingerprint(getattr(self, part)) for part in parts}
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """Fingerprints of the images together, whichever part is held out: of all, and of those to learn from."""
+        learned = {"images_but_test": self.fingerprint(join([self.train, self.val]))}
+        return {"images": self.fingerprint(), **learned} if len(self.test) else learned
 
     def fingerprint(self, split: Split | None = None) -> str:
         """Of a split, or of all images together, whichever part is held out; in whatever order."""

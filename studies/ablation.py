@@ -6,9 +6,8 @@
     python -m studies.ablation --dataset digits --epochs 1                           # all of it in miniature
 
 Each run is one `python train.py`, stored as saved/studies/ablation_<row>_seed<n>.json and .pt; another number of epochs
-than 5 appears in these names. What counts is the accuracy on the validation images; the test images, which train.py
-looks at when it ends, are left out, as recipes are chosen here. Writes figures/ablation.md, .json and .png, always of
-all runs of that length that are stored.
+than 5 appears in these names. What counts is the accuracy on the validation images; the test images are not touched, as
+recipes are chosen here. Writes figures/ablation.md, .json and .png, always of all runs of that length that are stored.
 """
 
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
 
 def plan(config: Config) -> runs.Runs:
     """The runs asked for: a first one of every row, and then a second one."""
-    common = f"--dataset {config.dataset} --epochs {config.epochs}"
+    common = f"--dataset {config.dataset} --epochs {config.epochs} --no_test"
     return {
         f"{config.name}_{key}_seed{seed}": f"{common} {row.flags} --seed {seed}"
         for seed in range(max(row.seeds for row in ROWS.values()))

@@ -128,7 +128,7 @@ def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:
         prefix = config.run_name(recipe, model, "")
         seeds = (path.stem.removeprefix(prefix) for path in config.saved.glob(f"{prefix}*.json"))
         for seed in sorted(int(seed) for seed in seeds if re.fullmatch("0|[1-9][0-9]{0,8}", seed)):
-            report = found[recipe, model, seed] = runs.read_report(f"{prefix}{seed}", config)
+            report = found[recipe, model, seed] = runs.read_report(f"{prefix}{seed}", config, tested=True)
             epochs = report["config"]["epochs"]
             if epochs != config.epochs:
                 raise ValueError(

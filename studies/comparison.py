@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
-from support.significance import holm, mcnemar_p, paired_bootstrap, t_interval, verdict, wilson
+from support.significance import holm, mcnemar_p, paired_bootstrap, paired_t, verdict, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
 # a ViT, and the CNN that has about as many parameters
@@ -141,7 +141,8 @@ def compare_at_equal_parameters(groups: Groups) -> list[dict]:
         for model, cnn in EQUAL_PARAMETERS:
             if (recipe, model) in groups and (recipe, cnn) in groups:
                 row = compare(groups[recipe, model], groups[recipe, cnn])
-                other = {"reference": groups[recipe, cnn][0].title, "t": t_interval(row["by_seed"])}
+                over_seeds = paired_t(row["by_seed"], [0.0] * len(row["by_seed"]))["interval"]
+                other = {"reference": groups[recipe, cnn][0].title, "t": over_seeds}
                 found.append({**{name: row[name] for name in kept}, **other})
     return found
 

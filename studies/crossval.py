@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import train
+from images.loader import agree
 from setup_cifar import load_data
 from studies import runs
 from support import cli
@@ -39,19 +40,21 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.fold is not None or config.folds < 2:
             raise ValueError(f"all are trained: leave --fold away, and --folds must be at least 2, not {config.folds}")
-        data = load_data(config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size)
+        data = load_data(
+            config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size, test=False
+        )
         data.fold(0, config.folds, config.split_seed)  # refuses now what no run could do
         model = config.model.removeprefix("timm:").rpartition(":")[2]
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
         options = runs.StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
         runs.require_positive(options)
-        folds = {f"{name}_fold{k}": f"{flags_of(config)} --fold {k}/{config.folds}" for k in range(config.folds)}
+        flags = f"{flags_of(config)} --no_test"
+        folds = {f"{name}_fold{k}": f"{flags} --fold {k}/{config.folds}" for k in range(config.folds)}
         if failed := runs.train_missing(folds, options):
             cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
         reports = [runs.read_report(fold, options) for fold in folds]
-        now = data.fingerprint()
         of_all = config.classes is None and config.label_fraction == 1
-        if of_all and any(report.get("images", now) != now for report in reports):
+        if of_all and not all(agree(report, data.marks) for report in reports):
             raise ValueError(f"the pictures in {data.source} have changed since a fold was trained: say another --name")
         results = pd.DataFrame([report["results"] for report in reports])[["val_accuracy", "val_loss"]]
         picture = options.figures / f"{name}.png"
@@ -70,8 +73,11 @@ def flags_of(config: train.Config) -> str:
     for field in dataclasses.fields(train.Config):
         value = getattr(config, field.name)
         by_default = value == field.default == dependent.get(field.name, value)
-        if not by_default and field.name not in ("name", "output_dir", "data_dir", "resume", "gif_frames"):
-            flags += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+        if not by_default and field.name not in ("name", "output_dir", "data_dir", "resume", "gif_frames", "test"):
+            if isinstance(value, bool):
+                flags.append(f"--{field.name}" if value else f"--no_{field.name}")
+            else:
+                flags += [f"--{field.name}", str(value)]
     return shlex.join(flags)
 
 

@@ -63,12 +63,17 @@ def _read(path: Path, _changed: int, is_report: bool) -> dict:
 
 
 def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
-    """What a row of a table says of runs that differ in their seed; None where it is not known."""
+    """What a row of a table says of runs that differ in their seed; None where it is not known. What comes of the test
+    images is left out if a run has not seen them."""
     results = [run["results"] for run in runs.values()]
     first = next(iter(runs.values()))
     processor = [result["processor_seconds"] for result in results if result.get("processor_seconds")]
     validated = [result["val_accuracy"] for result in results if result["val_accuracy"] is not None]
-    accuracies = [result["test_accuracy"] for result in results]
+    tested = {}
+    if all("test_accuracy" in result for result in results):  # without --no_test
+        tested["test"] = [result["test_accuracy"] for result in results]
+        tested["test_loss"] = float(np.mean([result["test_loss"] for result in results]))
+        tested["margin"] = float(np.diff(wilson(np.mean(tested["test"]), IMAGES))[0] / 2)
     return {
         "runs": runs,
         "names": [Path(name).stem for name in runs],
@@ -76,9 +81,7 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         "parameters": results[0]["parameters"],
         "epochs": first["config"]["epochs"],
         "val": float(np.mean(validated)) if validated else None,
-        "test": accuracies,
-        "test_loss": float(np.mean([result["test_loss"] for result in results])),
-        "margin": float(np.diff(wilson(np.mean(accuracies), IMAGES))[0] / 2),
+        **tested,
         "seconds": [result["training_seconds"] for result in results],
         "processor_seconds": processor if len(processor) == len(results) else None,
         "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),

@@ -137,7 +137,7 @@ def run_all(commands: dict[str, list[str]], options: StudyOptions) -> list[str]:
                     bar.update()
                     if running.pop(name).returncode or not (options.saved / f"{name}.json").exists():
                         failed.append(name)
-                        why = f": {_last_line(options.saved / f'{name}.log')}" if quietly else ""
+                        why = f": {last_line(options.saved / f'{name}.log')}" if quietly else ""
                         tqdm.write(f"FAILED {name}{why}")
     except (KeyboardInterrupt, SystemExit):
         print("\nstopping; the same command goes on from here", file=sys.stderr)
@@ -160,16 +160,19 @@ def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> s
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
-def read_report(name: str, options: StudyOptions) -> dict:
+def read_report(name: str, options: StudyOptions, tested: bool = False) -> dict:
     """What train.py stored of a run.
 
+    Args:
+        tested: whether it has to have figures of the test images.
+
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or lacks these.
     """
     path = options.saved / f"{name}.json"
     advice = "; delete it and train again"
@@ -179,6 +182,8 @@ def read_report(name: str, options: StudyOptions) -> dict:
         wrong = "metrics.val_loss, its like and val_seconds are empty or of different lengths"
     elif Path(report["config"].get("name") or name).name != Path(name).name:
         wrong = "it is the report of another run"
+    elif tested and not {"test_accuracy", "test_loss"} <= report["results"].keys():
+        wrong = "the run was trained with --no_test"
     else:
         return report
     raise CheckpointError(f"{path} cannot be used: {wrong}{advice}")
@@ -187,7 +192,8 @@ def read_report(name: str, options: StudyOptions) -> dict:
 def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table of rows of texts by column; the first column, recipes and commands are set to the left."""
     frame = pd.DataFrame(rows)
-    align = ["left" if i == 0 or name in ("recipe", "command") else "right" for i, name in enumerate(frame.columns)]
+    left = {frame.columns[0], "recipe", "command", "flags"}
+    align = ["left" if name in left else "right" for name in frame.columns]
     return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 

@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
         if not stored:
             raise ValueError(f"no run of this study is stored in {config.saved}")
         for run in stored:
-            run["accuracy"] = runs.read_report(run["name"], config)["results"]["test_accuracy"]
+            run["accuracy"] = runs.read_report(run["name"], config, tested=True)["results"]["test_accuracy"]
         table, prefix = summarise(stored), config.figures / f"transfer{config.suffix}"
         picture = prefix.with_suffix(".png")
         draw(table, picture, config)

@@ -30,6 +30,7 @@ T = TypeVar("T")
 own_files: set[str] = set()  # of a person's own code, whose errors keep their traceback
 _program: list[str] = [Path(sys.argv[0]).name]  # `train.py`, or `-m studies.compare`
 _args: list[str] = sys.argv[1:]
+_says_files = True
 
 
 def parse(
@@ -101,8 +102,32 @@ def _print_everything() -> None:
 
 
 def command() -> list[str]:
-    """What was called, wherever it lies: `train.py`, or `-m` and a module's name; then the flags."""
+    """What was called, wherever it lies: `train.py`, or `-m` and a module's name; then the flags, without the password
+    of a URL."""
+    return [without_password(word) for word in command_with_passwords()]
+
+
+def command_with_passwords() -> list[str]:
+    """The same to be called again, and never to be shown or stored."""
     return _program + _args
+
+
+def without_password(text: str) -> str:
+    """With stars for the password in a URL, which has no place in a message or a file."""
+    return re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
+
+
+@contextlib.contextmanager
+def calling_another() -> Iterator[None]:
+    """Within, another script's `main` may be called, whose files are not said, as they will not stay; afterwards
+    `command` and errors are this program's again."""
+    global _program, _args, _says_files
+    before = _program, _args
+    _says_files = False
+    try:
+        yield
+    finally:
+        (_program, _args), _says_files = before, True
 
 
 def script() -> str:
@@ -228,7 +253,8 @@ def one_line_errors() -> Iterator[None]:
 
 def say_written(paths: Iterable[str | Path]) -> None:
     """A line for each file, by its shorter name."""
-    print("wrote", *map(short, paths), sep="\n  ")
+    if _says_files:
+        print("wrote", *map(short, paths), sep="\n  ")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

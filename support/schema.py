@@ -88,7 +88,7 @@ MODEL = {  # saved/<name>.pt, by Model.save
     "weights": {...: TENSOR},
     "metadata": {...: ANYTHING},
 }
-PARTS = {"train": TEXT, "val": TEXT, "test": TEXT}  # fingerprints of their images
+PARTS = optional({"train": TEXT, "val": TEXT}, test=TEXT)  # fingerprints of their images
 NORMALISATION = {"mean": three(NUMBER), "std": three(POSITIVE)}
 ORIGIN = {"source": TEXT, "image_size": SIZE, "fingerprints": PARTS, "seen": {...: {"train": TEXT, "val": TEXT}}}
 METADATA = optional({"dataset": TEXT, "classes": CLASSES, **NORMALISATION}, **ORIGIN)  # of a model by train.py
@@ -96,11 +96,11 @@ RESULTS = optional(
     {
         "parameters": COUNT,
         "val_accuracy": maybe(FRACTION),  # null where nothing was validated
-        "test_loss": NUMBER,
-        "test_accuracy": FRACTION,
         "training_seconds": NOT_NEGATIVE,
     },
     processor_seconds=maybe(NOT_NEGATIVE),
+    test_loss=NUMBER,  # not there with --no_test
+    test_accuracy=FRACTION,
 )
 MEASURES = {"loss": NUMBER, "accuracy": FRACTION, "step": COUNT}
 METRICS = {part: {f"{part}_{what}": [kind] for what, kind in MEASURES.items()} for part in ("train", "val")}
@@ -132,8 +132,12 @@ REPORT = optional(  # saved/<name>.json, by training/run.py
         "val_seconds": [NOT_NEGATIVE],
     },
     images=TEXT,
+    images_but_test=TEXT,
 )
-STORED_RUN = {"results": {"test_accuracy": FRACTION}, "config": {...: ANYTHING}}  # what is needed to repeat a run
+STORED_RUN = {  # what is needed to repeat a run
+    "results": optional({}, test_accuracy=FRACTION),
+    "config": {...: ANYTHING},
+}
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
     "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
 }

@@ -1,4 +1,5 @@
-"""How sure is a difference in accuracy?  Paired bootstrap, McNemar's test, Holm's correction, intervals.
+"""How sure is a difference in accuracy?  Paired bootstrap, McNemar's test, Holm's correction, Wilson's interval, and
+Student's t over seeds.
 
 `correct` is, for each test image, 1 where the model is right and 0 where it is wrong; of several runs of a model it may
 be their mean. Two models are compared on the same images in the same order. Accuracies are fractions.
@@ -7,7 +8,7 @@ be their mean. Two models are compared on the same images in the same order. Acc
 import warnings
 
 import numpy as np
-from scipy.stats import DegenerateDataWarning, bootstrap, t
+from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -61,19 +62,28 @@ def mcnemar_p(correct: np.ndarray, other: np.ndarray) -> float:
     return float(mcnemar(table, exact=True).pvalue)
 
 
+def paired_t(values: list[float], others: list[float]) -> dict:
+    """The mean difference of two models' accuracies seed by seed, and what it may be with other seeds.
+
+    Returns:
+        `difference`, its 95 % interval `[low, high]` and the p value of Student's paired t test (1908), which takes the
+        differences for normally distributed; without interval and p (None) where there are fewer than two seeds.
+    """
+    differences = np.subtract(values, others)
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return {"difference": mean, "interval": None, "p": None}
+    if np.ptp(differences) < 1e-12:
+        return {"difference": mean, "interval": [mean, mean], "p": float(abs(mean) < 1e-12)}
+    found = ttest_1samp(differences, 0)
+    interval = [float(end) for end in found.confidence_interval()]
+    return {"difference": mean, "interval": interval, "p": float(found.pvalue)}
+
+
 def holm(p_values: list[float]) -> list[float]:
     """p values corrected for there being several (Holm 1979): the chance of one false alarm or more stays below 5 %
     where those below 0.05 are called differences."""
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
-
-
-def t_interval(values: list[float]) -> list[float] | None:
-    """95 % interval `[low, high]` of a mean by Student's t, here of differences seed by seed: what other seeds would
-    have given on the same test images. None of a single value, of which nothing is known."""
-    if len(values) < 2:
-        return None
-    margin = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return [float(np.mean(values) - margin), float(np.mean(values) + margin)]
 
 
 def verdict(interval: list[float], p: float) -> str:

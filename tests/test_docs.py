@@ -73,7 +73,7 @@ ALL = [(page, *command) for page in PAGES for command in commands(page)]
 def test_there_are_commands_of_every_script():
     named = {script for _, script, _ in ALL}
     scripts = {"train", "evaluate", "explain", "predict", "export", "setup_cifar"}
-    studies = {"compare", "ablation", "crossval", "transfer", "faithfulness", "benchmark", "scaling"}
+    studies = {"compare", "ablation", "crossval", "transfer", "faithfulness", "benchmark", "scaling", "tune"}
     assert scripts | {f"studies.{name}" for name in studies} <= named
 
 

@@ -132,7 +132,7 @@ class Checkpoints:
             return  # what earlier versions wrote; the other data sets never change
         before = checkpoint.get("fingerprints")
         for part, now in self.images["fingerprints"].items():
-            if before is None or before[part] != now:
+            if before is None or before.get(part, now) != now:
                 then = f"{before[part].partition(' ')[0]} images" if before else "nothing known of them"
                 raise CheckpointError(
                     f"the {part} images in {self.data.source} are not those that this run began with ({then} then, "

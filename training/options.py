@@ -31,6 +31,7 @@ class RunOptions:
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
+    test: bool = True  # the test at the end: then the test images are not even loaded, as in runs that one chooses by
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps

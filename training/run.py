@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import utils
-from images.loader import Dataset, ImageLoader
+from images.loader import Dataset, ImageLoader, agree
 from network import MODELS, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support import cli, distributed, schema
@@ -128,7 +128,7 @@ class Run:
             ended = self.finished()
             results = ended or self.resume(runner, train_loader)
             if results and self.has_written(runner, results):
-                print(f"this run has finished: test accuracy {results['test_accuracy']:.2%}, {self.paths.model}")
+                print(f"this run has finished: {accuracy_of(results)}, {self.paths.model}")
                 return False
             if ended:
                 raise CheckpointError(
@@ -189,7 +189,7 @@ class Run:
             try:
                 report = read_json(paths.report, schema.STORED_RUN)
                 same = same_hyperparameters(report["config"], self.config)
-                if not same or report.get("images", self.data.fingerprint()) != self.data.fingerprint():
+                if not (same and agree(report, self.data.marks)):
                     why = "another run, with other hyperparameters or images,"
             except CheckpointError:
                 why = "a model whose report is missing or damaged"
@@ -207,7 +207,7 @@ class Run:
             report, model = read_json(self.paths.report, schema.REPORT), read_model(self.paths.model)
         except CheckpointError:
             return False
-        same_images = model["metadata"].get("fingerprints", self.data.fingerprints) == self.data.fingerprints
+        same_images = agree(model["metadata"].get("fingerprints", {}), self.data.fingerprints)
         return report["results"] == results and model["model"] == type(runner.model).__name__ and same_images
 
     def save_best(self, runner: Runner) -> None:
@@ -241,7 +241,7 @@ class Run:
         raise SystemExit(128 + number)
 
     def finish(self, runner: Runner, test_loader: Iterable) -> None:
-        """Test once, then write the model, its report and the pictures."""
+        """Test once, if that is asked for, then write the model, its report and the pictures."""
         config, epoch = self.config, runner.epoch
         for stopping in [callback for callback in runner.callbacks if isinstance(callback, EarlyStopping)]:
             epoch = stopping.epoch
@@ -251,21 +251,23 @@ class Run:
                 runner.eval_model.save(self.paths.last, **self.data.metadata)
             stopping.use_best(runner)
         runner.precision = "fp32"  # in which evaluate.py and the others compute
-        test_loss, test_accuracy = runner.test(test_loader)
-        if not math.isfinite(test_loss):
-            raise NonFiniteLoss(f"the test loss is {test_loss}: the model is of no use on some of the test images")
+        tested = {}
+        if config.test:
+            loss, accuracy = runner.test(test_loader)
+            tested = {"tested_epoch": epoch, "test_accuracy": accuracy, "test_loss": loss}
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(f"the test loss is {loss}: the model is of no use on some of the test images")
         if not self.first:
             return
         validated, processor = bool(runner.metrics["val_loss"]), self.clock.processor_seconds
         results = {
             "parameters": num_parameters(runner.model),
             "epochs": min(runner.epoch, config.epochs),
-            "tested_epoch": epoch,
             "validated": validated,
+            "tested": config.test,
             "val_accuracy": runner.metrics["val_accuracy"][epoch - 1] if validated else None,
             "val_loss": runner.metrics["val_loss"][epoch - 1] if validated else None,
-            "test_accuracy": test_accuracy,
-            "test_loss": test_loss,
+            **tested,
             "training_seconds": round(self.clock.seconds, 1),
             "processor_seconds": None if processor is None else round(processor, 1),
             "skipped_steps": runner.skipped,
@@ -275,7 +277,7 @@ class Run:
             "results": results,
             "config": dataclasses.asdict(config),
             "provenance": provenance(),
-            "images": self.data.fingerprint(),
+            **self.data.marks,
             "metrics": runner.metrics,
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
         }
@@ -286,8 +288,13 @@ class Run:
         shutil.rmtree(self.paths.frames, ignore_errors=True)  # only now: a run killed before this needs them again
         if not config.keep_checkpoint:
             self.paths.checkpoint.unlink(missing_ok=True)
-        tested = f"{self.data.name}, {len(self.data.test):,} images" + ("" if validated else "; no validation")
-        print(f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  ({tested})")
+        images = f"{self.data.name}, {len(self.data.test if tested else self.data.val):,} images"
+        if tested:
+            print(f"test loss {loss:.4f}  {accuracy_of(results)}  ({images}{'' if validated else '; no validation'})")
+        elif validated:
+            print(f"validation loss {results['val_loss']:.4f}  {accuracy_of(results)}  ({images}; not tested)")
+        else:
+            print("neither validated nor tested")
 
     def draw_pictures(self, runner: Runner) -> list[Path]:
         """Training curves, the GIF and, for a ViT, attention maps; returns what was written."""
@@ -299,9 +306,17 @@ class Run:
             utils.write_to_gif(paths.frames, paths.gif, duration, frames, keep_frames=True)
             written.append(paths.gif)
         if isinstance(runner.eval_model, VisionTransformer):
-            loader = self.data.loader("test", 4, runner.device)
+            part = "test" if config.test else "val" if len(self.data.val) else "train"
+            loader = self.data.loader(part, 4, runner.device)
             utils.draw_attention(runner.eval_model, loader, self.data.classes, paths.attention)
             written.append(paths.attention)
         elif config.model not in MODELS:
             print(f"no pictures of attention: {runner.eval_model.title} does not give its attention weights")
         return written
+
+
+def accuracy_of(results: dict[str, Any]) -> str:
+    """That of a run which has ended, in words."""
+    if results.get("test_accuracy") is not None:
+        return f"test accuracy {results['test_accuracy']:.2%}"
+    return "not validated" if results["val_accuracy"] is None else f"validation accuracy {results['val_accuracy']:.2%}"
