@@ -76,6 +76,8 @@ def draw_page(checkpoint: str, config: Config) -> None:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{checkpoint} has no attention for a page to show: it is no Vision Transformer of network.py")
     files, labels = find_images(config.page), None
+    if empty := [file for file in files if Path(file).is_dir()]:
+        raise ValueError(f"{empty[0]} is a folder with no pictures in it")
     if files:
         pictures = tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4)
         pixels = torch.stack([torch.from_numpy(to_array(read_image(file), model.image_size)) for file in pictures])

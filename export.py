@@ -59,7 +59,7 @@ class Config:
     checkpoint: str  # a file that train.py wrote
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies; only for such a model
     output_dir: str | None = None  # the folder that the exported files go to; default: that of the model
-    figures_dir: str | None = None  # the folder that the table goes to, as JSON; default: the project's figures/
+    figures_dir: str | None = None  # where the table goes, as JSON; default: --output_dir, else the project's figures/
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     images: int = 1000  # on so many test images the exported files must agree with the model
     latency: bool = True  # milliseconds at batch 1 and 128: --no_latency leaves them out
@@ -149,13 +149,13 @@ def export(model: Model, loader: ImageLoader, config: Config, stand_in: str | No
     if lost is None:
         print("8 bits: not kept, as without the test images nobody knows what they cost")
     else:
-        print(f"8 bits change test accuracy by {-100 * lost:+.2f} percentage points;")
+        print(f"8 bits change test accuracy by {round(-100 * lost, 2) + 0.0:+.2f} percentage points;")
         print(f"{-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
     for path, contents in written.items():
         write_bytes(path, contents)
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
-    report_path = figures_folder(config.figures_dir) / f"{name}_export.json"
+    report_path = figures_folder(config.figures_dir or config.output_dir) / f"{name}_export.json"
     timings = tuple(f"milliseconds_batch_{size}" for size in BATCH_SIZES)
     stored = [report_path] if write_results(report_path, report, timings) else []
     cli.say_written([*written, *stored])

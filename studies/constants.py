@@ -109,7 +109,7 @@ CONSTANTS = {
         r"reliability.md: within 20 seconds|more than 20 seconds|every five minutes|disk of 2 MB|\b404, 503\b",
         r"reliability.md: 300 random combinations|run of 200 epochs|within 5 % of what",
         r"\bten minutes\?",
-        r"explain.md: 1× is what|without the 1 that|one of 255 colours|at most 3 MB|24 (test )?images",
+        r"explain.md: 1× is what|without the 1 that|one of 255 steps|at most 3 MB|24 (test )?images",
         r"\b100 fine classes\b",
     ],
     "what a reader needs for a notebook": [r"\btwenty minutes\b"],

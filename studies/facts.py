@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import train
 from network import ResNet20
@@ -22,6 +23,7 @@ from support.report import read_json
 from support.significance import verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
+from training.trained import views
 
 # what is needed of a report: those of early versions lack the rest
 REPORT = {"results": schema.RESULTS, "config": {"epochs": schema.EPOCHS}, "provenance": schema.REPORT["provenance"]}
@@ -243,9 +245,8 @@ def evaluation(root: Path) -> dict:
     """Of the committed models: calibration, the ensemble of the two, and mirrored images."""
     stored = read_figures(root, "ensemble")
     members = {member["name"]: member for member in stored["members"]}
-    vit, flip = (
-        read_figures(root, "VisionTransformer_evaluation"),
-        read_figures(root, "VisionTransformer_flip_evaluation"),
+    vit, flip, flip_shift = (
+        read_figures(root, f"VisionTransformer{seen}_evaluation") for seen in ("", "_flip", "_flip_shift")
     )
     return {
         "vit": vit,
@@ -253,6 +254,8 @@ def evaluation(root: Path) -> dict:
         "gain": members["VisionTransformer"],
         "ensemble": stored["ensemble"],
         "flip": flip["without"],
+        "flip_shift": flip_shift["without"],
+        "views": len(views(torch.zeros(1, 3, 2, 2), flip=True, shift=True)),
         "bins": len(vit["calibration"]),
         # more right than sure, over all images
         "modest": vit["accuracy"]

@@ -23,7 +23,7 @@ from studies import facts, speed_facts, stale, study_facts
 from studies.prose import CLOSE, OPEN, find_numbers, without_marks
 from support import cli
 from support.files import CheckpointError, home, write_bytes
-from support.report import read_json
+from support.report import read_json, same_results
 
 TOPICS: dict[str, Callable[[Path], dict]] = {
     topic.__name__: topic
@@ -67,9 +67,9 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.stale:
             found = stale.find_stale(root)
-            print(stale.as_text(found) if found else "no report is stale")
             if found:
-                print(f"\n{len(found)} stale reports. A study keeps what is stored: delete it before it is made anew.")
+                print(f"{len(found)} stale reports. A study keeps what is stored: delete it before it is made anew.\n")
+            print(stale.as_text(found) if found else "no report is stale")
             print("\nResults that store no hyperparameters to compare, with the day they were measured:")
             print("\n".join(stale.not_comparable(root)))
             return
@@ -77,6 +77,8 @@ def main(args: list[str] | None = None) -> None:
     if faults:
         print("\n".join(faults))
         cli.fail(f"{len(faults)} fault{'s' * (len(faults) > 1)}, each in a line above", code=1)
+    if config.check:
+        print("pages and stored results agree")
 
 
 # ---------------------------------------------------------------------------------------------------------- rendering
@@ -312,13 +314,13 @@ def outdated(root: Path) -> list[str]:
             found = [
                 read_json(stored[run])["results"]["val_accuracy"] for run in seeds_of(f"{name}_{row['row']}", stored)
             ]
-            if found != row["val_accuracies"]:
+            if not same_results(row["val_accuracies"], found):
                 more = "" if epochs == 5 else f" --epochs {epochs}"
                 command = f"python -m studies.ablation --no_train{more}"
                 faults.append(f"figures/{name}.json is not of the runs of {row['row']} that are stored: run {command}")
     for run in read_json(root / "figures" / "model_comparison.json")["runs"]:
         name = Path(run["config"].get("name") or "").name
-        if name in stored and read_json(stored[name])["results"] != run["results"]:
+        if name in stored and not same_results(read_json(stored[name])["results"], run["results"]):
             faults.append(f"figures/model_comparison.json is not of {name}: run python -m studies.compare --no_train")
     accuracy = read_json(root / "saved" / "VisionTransformer.json")["results"]["test_accuracy"]
     of_model = {

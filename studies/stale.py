@@ -177,9 +177,8 @@ def not_comparable(root: Path) -> list[str]:
                     part.get("command", ""),
                 )
                 command = re.sub(r" --(output_dir|threads) \S+", "", command)
-                lines.append(
-                    f"{part.get('date')} {path.relative_to(root).as_posix()}: {command or 'no command is stored'}"
-                )
+                date, name = part.get("date") or "no date", path.relative_to(root).as_posix()
+                lines.append(f"{date} {name}: {command or 'no command is stored'}")
     return list(dict.fromkeys(sorted(lines)))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.comparison import EARLIER
+from studies.comparison import EARLIER, at_equal_parameters
 from studies.facts import find_runs, of_runs, read_figures
 from support.significance import mcnemar_p, verdict
 
@@ -51,6 +51,7 @@ def study(root: Path) -> dict:
         "models": models,
         "margin": max(float(np.diff(row["interval"])[0] / 2) for row in stored["rows"]),
         "images": stored["images"],
+        "equal_parameters": [at_equal_parameters(row) for row in stored["equal_parameters"]],
         "equal_time": equal_time(root),
         "cnn_val": of_runs(find_runs(root, "studies/study_default_cnn_seed*"))["val"],
         "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes},
