@@ -18,6 +18,7 @@ Writes figures/tune_<model>.md, .json, _history.png and _importance.png.
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ class Config(runs.StudyOptions):
     seed: int = 0  # of what is tried; the trials themselves all train with seed 0
     # the best against the default
     seeds: int = 3  # runs of each when the search is complete, with seeds 1, 2, ...; 0: none
+    compare: tuple[int, ...] = ()  # numbers of further trials to compare with the default
     full_epochs: int | None = None  # of these runs; default: train.py's
     report: bool = True  # comparison, table and pictures; other machines that share the search can do without
 
@@ -199,10 +201,11 @@ def report(config: Config, study: optuna.Study) -> None:
         raise ValueError(f"no trial of {config.name} has been trained to its end: nothing to report")
     under_way = [trial for trial in trials if trial.state == TrialState.RUNNING]
     complete = len(counted(study)) >= config.trials and not under_way
-    wanted = planned_comparison(config, best)
-    if complete and config.train and wanted:
-        failed = runs.train_missing({name: flags for both in wanted.values() for name, flags in both}, config)
-    elif not complete and config.train:
+    wanted = planned_comparison(config, trials, best)
+    if complete and config.train:
+        seed_by_seed = [run for together in zip(*wanted.values(), strict=True) for run in together]
+        failed = runs.train_missing(dict(seed_by_seed), config) if len(wanted) > 1 else []
+    elif config.train:
         rest = f", and {len(under_way)} under way in other processes" if under_way else ""
         done = len(counted(study)) - len(under_way)
         print(f"\n{done} of {config.trials} trials have ended{rest}: the same command goes on, and compares at the end")
@@ -212,16 +215,26 @@ def report(config: Config, study: optuna.Study) -> None:
     pictures = tune_figures.draw_all(study, rows, best.number, prefix, config)
     settings = dataclasses.replace(config, storage=None)  # which may say more of a machine than others should know
     more = {"best": best.number, "trials": rows, "comparison": compared}
-    runs.write_study(prefix, as_markdown(config, rows, best.number, compared), settings, pictures, failed, **more)
+    runs.write_study(prefix, as_markdown(config, rows, compared), settings, pictures, failed, **more)
 
 
-def planned_comparison(config: Config, best: FrozenTrial) -> dict[str, list[tuple[str, str]]]:
-    """Names and flags of the runs of the best and of the default; none where the best is the default."""
-    if best.params == default_params(SPACES[config.model], config.common):
-        return {}
+def planned_comparison(config: Config, trials: list[FrozenTrial], best: FrozenTrial) -> dict[str, list]:
+    """Names and flags of the runs of the default, the best and those that were asked for, now or earlier, by title.
+
+    Raises:
+        ValueError: there is no such trial.
+    """
+    pattern = rf"{config.name}_trial(\d+)_seed\d+"
+    stored = (re.fullmatch(pattern, path.stem) for path in config.saved.glob(f"{config.name}_trial*.json"))
+    numbers = {best.number, *config.compare, *(int(match[1]) for match in stored if match)}
+    if unknown := [number for number in config.compare if not 0 <= number < len(trials) or not trials[number].params]:
+        raise ValueError(f"--compare {unknown[0]}: there is no such trial")
     epochs = config.full_epochs or usual(f"--model {config.model} --dataset {config.dataset}", {}).epochs
     common = f"--model {config.model} --dataset {config.dataset} --epochs {epochs} --no_test"
-    chosen = {f"trial{best.number}": f"{common} {flags_of(best.params, config.common)}", "default": common}
+    default, chosen = default_params(SPACES[config.model], config.common), {"default": common}
+    for number in sorted(numbers & set(range(len(trials)))):
+        if trials[number].params != default:
+            chosen[f"trial{number}"] = f"{common} {flags_of(trials[number].params, config.common)}"
     seeds = range(1, config.seeds + 1)
     return {
         what: [(f"{config.name}_{what}_seed{seed}", f"{flags} --seed {seed}") for seed in seeds]
@@ -229,36 +242,28 @@ def planned_comparison(config: Config, best: FrozenTrial) -> dict[str, list[tupl
     }
 
 
-def read_comparison(config: Config, wanted: dict) -> dict | None:
-    """Validation accuracies seed by seed, as far as both are stored, and how sure their difference is."""
-    found = {what: {} for what in wanted}
-    for what, both in wanted.items():
-        for seed, (name, flags) in enumerate(both, start=1):
+def read_comparison(config: Config, wanted: dict[str, list]) -> list[dict]:
+    """Of the default and each trial that is compared with it the validation accuracy by seed, as far as it is stored;
+    of the trials how much that is above the default's, and how sure."""
+    found = []
+    for what, named in wanted.items():
+        row = {"what": what, "command": "", "minutes": 0.0, "val_accuracy": {}}
+        for seed, (name, flags) in enumerate(named, start=1):
             if (config.saved / f"{name}.json").exists():
                 runs.require_same_hyperparameters(name, flags, config)
-                found[what][seed] = runs.read_report(name, config)
-    seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
-    if not seeds:
-        return None
-    accuracies = {what: [by[seed]["results"]["val_accuracy"] for seed in seeds] for what, by in found.items()}
-    best, default = accuracies
-    flags = {what: both[0][1].rpartition(" --seed")[0] for what, both in wanted.items()}
-    minutes = {
-        what: sum(by[seed]["results"]["training_seconds"] for seed in seeds) / 60 / len(seeds)
-        for what, by in found.items()
-    }
-    return {
-        "seeds": seeds,
-        **{
-            what: {
-                "command": f"python train.py {flags[key]}",
-                "val_accuracy": accuracies[key],
-                "minutes": round(minutes[key], 1),
-            }
-            for what, key in (("best", best), ("default", default))
-        },
-        **paired_t(accuracies[best], accuracies[default]),
-    }
+                results = runs.read_report(name, config)["results"]
+                row["command"] = f"python train.py {flags.rpartition(' --seed')[0]}"
+                row["val_accuracy"][str(seed)] = results["val_accuracy"]
+                row["minutes"] += results["training_seconds"] / 60
+        if count := len(row["val_accuracy"]):
+            row["minutes"] = round(row["minutes"] / count, 1)
+            found.append(row)
+    for row in found[1:] if found and found[0]["what"] == "default" else []:
+        base = found[0]["val_accuracy"]
+        seeds = [seed for seed in row["val_accuracy"] if seed in base]
+        if seeds:
+            row |= paired_t([row["val_accuracy"][seed] for seed in seeds], [base[seed] for seed in seeds])
+    return found
 
 
 def as_row(trial: FrozenTrial) -> dict:
@@ -275,7 +280,7 @@ def as_row(trial: FrozenTrial) -> dict:
     }
 
 
-def as_markdown(config: Config, rows: list[dict], best: int, compared: dict | None) -> str:
+def as_markdown(config: Config, rows: list[dict], compared: list[dict]) -> str:
     """The most accurate trials and the default's, how the search went, and the comparison."""
     finished = [row for row in rows if row["state"] == "finished"]
     ranked = sorted(finished, key=lambda row: -row["val_accuracies"][-1])
@@ -299,31 +304,31 @@ def as_markdown(config: Config, rows: list[dict], best: int, compared: dict | No
         f"Validation accuracy of `python train.py {config.common}` with these flags; points are to the default's. "
         f"Trials of {epochs} on {config.dataset}: {states}; {hours:.1f} hours in all."
     )
-    parts = [runs.markdown(table), note]
-    return "\n\n".join(parts + ([comparison_in_words(best, compared)] if compared else []))
+    return "\n\n".join([runs.markdown(table), note, *([comparison_in_words(compared)] if compared else [])])
 
 
-def comparison_in_words(best: int, compared: dict) -> str:
-    """A table of both, seed by seed, and what it says."""
-    table = [
-        {
-            "": f"trial {best}" if what == "best" else "the default",
-            **{
-                f"seed {seed}": f"{accuracy:.1%}"
-                for seed, accuracy in zip(compared["seeds"], compared[what]["val_accuracy"], strict=True)
-            },
-            "minutes": f"{compared[what]['minutes']:.1f}",
-            "command": f"`{compared[what]['command']}`",
+def comparison_in_words(compared: list[dict]) -> str:
+    """A table of the default and the trials, seed by seed, and what it says."""
+    names = {row["what"]: row["what"].replace("trial", "trial ").replace("default", "the default") for row in compared}
+    seeds = sorted({seed for row in compared for seed in row["val_accuracy"]}, key=int)
+    table = []
+    for row in compared:
+        by_seed = {
+            f"seed {seed}": f"{row['val_accuracy'][seed]:.1%}" if seed in row["val_accuracy"] else "" for seed in seeds
         }
-        for what in ("best", "default")
-    ]
-    points = f"{100 * compared['difference']:+.1f} points"
-    if compared["interval"] is None:
-        return f"{runs.markdown(table)}\n\nValidation accuracy; the best minus the default: {points} with one seed."
-    low, high = (100 * end for end in compared["interval"])
-    verdict = "the best is better" if low > 0 else "the default is better" if high < 0 else "no difference is shown"
-    words = f"{points} (95 % interval {low:+.1f} to {high:+.1f}, paired t over {len(compared['seeds'])} seeds)"
-    return f"{runs.markdown(table)}\n\nValidation accuracy; the best minus the default: {words}: {verdict}."
+        more = {"minutes": f"{row['minutes']:.1f}", "command": f"`{row['command']}`"}
+        table.append({"": names[row["what"]], **by_seed, **more})
+    sentences = [in_words(names[row["what"]], row) for row in compared if "difference" in row]
+    return "\n\n".join([runs.markdown(table), "Validation accuracy. " + " ".join(sentences)])
+
+
+def in_words(name: str, row: dict) -> str:
+    points = f"{name.capitalize()} minus the default: {100 * row['difference']:+.1f} points"
+    if row["interval"] is None:
+        return f"{points}, with one seed."
+    low, high = (100 * end for end in row["interval"])
+    verdict = "it is better" if low > 0 else "it is worse" if high < 0 else "no difference is shown"
+    return f"{points} (95 % interval {low:+.1f} to {high:+.1f}, paired t): {verdict}."
 
 
 if __name__ == "__main__":

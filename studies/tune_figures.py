@@ -9,7 +9,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from support.figures import BLUE, DARK, GREY, VERMILLION, add_axes, new_figure, save_figure
 
 FEWEST = 4  # finished trials from which importance is computed
-SHOWN = 25  # points below the best that are still in the picture
+SHOWN = 15  # points below the best that are still in the picture
 
 
 def draw_all(study: optuna.Study, rows: list[dict], best: int, prefix: Path, config) -> list[Path]:

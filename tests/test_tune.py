@@ -246,6 +246,24 @@ def test_table_pictures_and_json(killed, capsys):
     assert "the same results as before" in capsys.readouterr().out
 
 
+def test_further_trials_are_compared_seed_by_seed(killed, capfd):
+    folder, _, _ = killed
+    default = default_params(SPACES["cnn"], "--model cnn --dataset digits")
+    report = read_json(folder / "figures" / "tune_cnn_digits.json")
+    others = [row for row in report["trials"] if row["state"] in ("finished", "pruned") and row["params"] != default]
+    what = f"trial{next(row['number'] for row in others if row['number'] != report['best'])}"
+    run_main("studies.tune", *whole_search(folder), "--compare", what.removeprefix("trial"))
+    out = capfd.readouterr().out
+    rows = {row["what"]: row for row in read_json(folder / "figures" / "tune_cnn_digits.json")["comparison"]}
+    stored = [read_json(folder / f"saved/studies/tune_cnn_digits_{name}_seed1.json") for name in (what, "default")]
+    first, second = (run["results"]["val_accuracy"] for run in stored)
+    assert rows[what]["difference"] == pytest.approx(first - second, abs=1e-5)
+    assert f"{what.replace('trial', 'Trial ')} minus the default: {100 * (first - second):+.1f} points" in out
+    assert all((run["config"]["epochs"], run["config"]["seed"]) == (1, 1) for run in stored)
+    with refused(capfd, folder / "figures", "--compare 99", script="studies.tune"):
+        run_main("studies.tune", *whole_search(folder), "--compare", 99)
+
+
 @pytest.mark.parametrize("where", ["sqlite", "journal"])
 def test_two_processes_share_a_search_and_train_nothing_twice(tmp_path, where):
     """Begun at once, when both find the waiting default."""
