@@ -105,7 +105,7 @@ CONSTANTS = {
         r"\bPython 3\.10\b",
         r"data.md: pixels \(32\)|fewer than 100 are|16 megapixels",
         r"80 columns",
-        r"tune.md: ten minutes without|kills its process three times",
+        r"tune.md: ten minutes without|kills its process three times|compares trial 12 too",
         r"reliability.md: within 20 seconds|more than 20 seconds|every five minutes|disk of 2 MB|\b404, 503\b",
         r"reliability.md: 300 random combinations|run of 200 epochs|within 5 % of what",
         r"\bten minutes\?",

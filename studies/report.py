@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from jinja2 import meta, nodes
 
-from studies import facts, speed_facts, stale, study_facts
+from studies import facts, speed_facts, stale, study_facts, tune_facts
 from studies.prose import CLOSE, OPEN, find_numbers, without_marks
 from support import cli
 from support.files import CheckpointError, home, write_bytes
@@ -47,6 +47,7 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
         speed_facts.precision,
         speed_facts.augmentation,
         speed_facts.scaling,
+        tune_facts.tune,
     )
 }
 BANNER = "<!-- written by `python -m studies.report`: edit docs/templates/{name} -->\n"
