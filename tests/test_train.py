@@ -227,6 +227,7 @@ TESTED_ELSEWHERE = {
     "resume",
     "resume_changed",
     "checkpoint_minutes",
+    "test",
     "threads",
 }
 
@@ -688,6 +689,15 @@ def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, monkeypatch, cap
     path.write_bytes(damage(path.read_bytes()))
     with refused(capfd, tmp_path, path.name):
         run_main("train.py", *args)
+
+
+def test_a_name_that_no_run_has_is_said_before_any_data_are_loaded(tmp_path, capsys):
+    flags = ("--resume", "--name", "wrong", "--data_dir", tmp_path / "nothing", "--output_dir", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_main("train.py", "--dataset", "cifar10", *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "wrong.checkpoint to resume from" in error and len(error.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_file_is_no_checkpoint(interrupted, tmp_path, monkeypatch, capfd):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import inspect
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,10 @@ def stored_values(config) -> dict[str, Any]:
             stored = read_checkpoint(path)["config"]
         elif report.exists():
             path, stored = report, read_json(report, schema.STORED_RUN)["config"]
-        else:
+        elif int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several processes the first alone need see the files
             raise nothing_to_resume(path)
+        else:
+            return {}
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
     else:
         return {}
