@@ -78,14 +78,13 @@ def main(args: list[str] | None = None) -> None:
         answers = []
         for model, loader, path, name in zip(models, loaders, config.models, names, strict=True):
             answers.append(Answers(name, *predict(model, loader, config.flip, config.shift)))
-            more = {"without": compare([Answers(name, *predict(model, loader))], answers[-1])[0]} if viewed else {}
+            without = compare([Answers(name, *predict(model, loader))], answers[-1])[0] if viewed else None
             title, prefix = model.title + viewed, prefix_of(name, config)
-            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, **more)
-            if viewed:
-                gain = more["without"]
-                low, high = gain["bca"]
-                change = f"{points(gain['difference'])} points ({points(low)} to {points(high)})"
-                print(f"without {viewed.removeprefix(', with ')}: {gain['accuracy']:.2%}; they give {change}")
+            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, without)
+            if without:
+                low, high = without["bca"]
+                change = f"{points(without['difference'])} points ({points(low)} to {points(high)})"
+                print(f"without {viewed.removeprefix(', with ')}: {without['accuracy']:.2%}; they give {change}")
         if config.ensemble:
             together = average(answers, "ensemble")
             metadata = models[0].metadata
@@ -142,14 +141,20 @@ class Answers(NamedTuple):
 
 
 def evaluate(
-    answers: Answers, images: torch.Tensor, path: str, title: str, metadata: dict, prefix: Path, **more
+    answers: Answers,
+    images: torch.Tensor,
+    path: str,
+    title: str,
+    metadata: dict,
+    prefix: Path,
+    without: dict | None = None,
 ) -> dict:
     """Print, draw and store everything about one model; returns what is stored in `<prefix>_evaluation.json`.
 
     Args:
         images: uint8 `(n, 3, h, w)`.
         metadata: the model's, of which `classes` and `dataset` are needed.
-        more: what is stored besides.
+        without: measures without mirror images and shifts, where the answers are with them.
     """
     classes, dataset = metadata["classes"], metadata["dataset"]
     probabilities, labels = answers.logits.softmax(dim=1), answers.labels
@@ -159,7 +164,7 @@ def evaluate(
         **measures(answers),
         "confusion_matrix": confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(len(classes))).tolist(),
         "classes": per_class(probabilities, labels, classes),
-        **more,
+        **({"without": without} if without else {}),
         "provenance": provenance(),
     }
     print(f"\n{path}\n{title} on the {len(labels):,} test images of {data_title(metadata)}")

@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
-from images.reading import read_image, to_array
+from images.reading import find_images, read_image, to_array
 from network import VisionTransformer
-from predict import find_images
 from runner import choose_device
 from support import cli
 from support.files import figures_folder

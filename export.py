@@ -38,7 +38,7 @@ from tqdm import tqdm
 from images.augment import import_torchvision
 from images.loader import ImageLoader, Split
 from network import Model
-from setup_cifar import CIFAR, DATASETS, data_folder
+from setup_cifar import is_here
 from support import cli
 from support.files import figures_folder, find_file, first_line, write_bytes
 from support.report import plain_table, provenance, write_results
@@ -178,25 +178,6 @@ def images_to_check(model: Model, data_dir: str | None) -> tuple[ImageLoader, st
     print(f"and answers are compared on {what}")
     labels = torch.zeros(len(images), dtype=torch.long)
     return ImageLoader(Split(images, labels), 500, metadata["mean"], metadata["std"], "cpu"), what
-
-
-LAST_FILES = {  # that are downloaded of torchvision's data sets, in the data folder
-    "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
-    "fashionmnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
-    "svhn": "test_32x32.mat",
-}
-
-
-def is_here(metadata: dict, data_dir: str | None) -> bool:
-    """Whether the data set that a model was trained on can be read without a download."""
-    dataset = metadata["dataset"]
-    if cifar := CIFAR.get(dataset):
-        folder = data_folder(data_dir)
-        return any((folder / name).exists() for name in (cifar.folder, cifar.archive))
-    if dataset in DATASETS:
-        return dataset not in LAST_FILES or (data_folder(data_dir) / LAST_FILES[dataset]).exists()
-    folders = [Path(metadata.get("source", dataset)), *([Path(data_dir) / "train"] if data_dir else [])]
-    return any(folder.is_dir() for folder in folders)
 
 
 # -------------------------------------------------------------------------------------------------- what is exported

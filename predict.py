@@ -10,7 +10,6 @@ gets one line on stderr, the others are still done, and the exit code is 2.
 """
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
-from images.reading import ImageError, central_square, read_image, to_array
+from images.reading import ImageError, central_square, find_images, read_image, to_array
 from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
@@ -77,29 +76,6 @@ def main(args: list[str] | None = None) -> None:
             tqdm.write("\n".join(lines), file=sys.stdout)
     if failed:
         raise SystemExit(2)
-
-
-def find_images(names: Iterable[str]) -> list[str]:
-    """The files as they are named; for a folder the pictures in it, sorted, by their ending. How many other files it
-    has is printed. A folder without a picture stays in the list."""
-    endings, found = readable_endings(), []
-    for name in names:
-        if not Path(name).is_dir():
-            found.append(name)
-            continue
-        inside = sorted(path.relative_to(name) for path in Path(name).rglob("*") if path.is_file())
-        files = [Path(name) / path for path in inside if not any(part.startswith(".") for part in path.parts)]
-        pictures = [str(path) for path in files if path.suffix.lower() in endings]
-        found += pictures or [name]
-        if pictures and len(pictures) < len(files):
-            print(f"{name}: left out {len(files) - len(pictures)} of {len(files)} files, which are no pictures")
-    return found
-
-
-def readable_endings() -> set[str]:
-    """Of the names of files that Pillow reads: .jpg, .png, .webp and many more."""
-    known_by_name_only = {".eps", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"}
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} - known_by_name_only
 
 
 def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:

@@ -339,6 +339,25 @@ DATASETS: dict[str, Callable[..., Parts]] = {
 }
 
 
+LAST_FILES = {  # that are downloaded of torchvision's data sets, in the data folder
+    "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+    "fashionmnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
+    "svhn": "test_32x32.mat",
+}
+
+
+def is_here(metadata: dict, data_dir: str | None) -> bool:
+    """Whether the data set that a model was trained on can be read without a download."""
+    dataset = metadata["dataset"]
+    if cifar := CIFAR.get(dataset):
+        folder = data_folder(data_dir)
+        return any((folder / name).exists() for name in (cifar.folder, cifar.archive))
+    if dataset in DATASETS:
+        return dataset not in LAST_FILES or (data_folder(data_dir) / LAST_FILES[dataset]).exists()
+    folders = [Path(metadata.get("source", dataset)), *([Path(data_dir) / "train"] if data_dir else [])]
+    return any(folder.is_dir() for folder in folders)
+
+
 # ------------------------------------------------------------------------------------------------------ as a script
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,29 @@ TURNS = {
 
 class ImageError(ValueError):
     """A file that cannot be read as an image, or a folder that is no data set, with the reason in one line."""
+
+
+def find_images(names: Iterable[str]) -> list[str]:
+    """The files as they are named; for a folder the pictures in it, sorted, by their ending. How many other files it
+    has is printed. A folder without a picture stays in the list."""
+    endings, found = readable_endings(), []
+    for name in names:
+        if not Path(name).is_dir():
+            found.append(name)
+            continue
+        inside = sorted(path.relative_to(name) for path in Path(name).rglob("*") if path.is_file())
+        files = [Path(name) / path for path in inside if not any(part.startswith(".") for part in path.parts)]
+        pictures = [str(path) for path in files if path.suffix.lower() in endings]
+        found += pictures or [name]
+        if pictures and len(pictures) < len(files):
+            print(f"{name}: left out {len(files) - len(pictures)} of {len(files)} files, which are no pictures")
+    return found
+
+
+def readable_endings() -> set[str]:
+    """Of the names of files that Pillow reads: .jpg, .png, .webp and many more."""
+    known_by_name_only = {".eps", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"}
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} - known_by_name_only
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -3,9 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from studies.facts import find_runs, read_figures
 from studies.tune_space import SPACES, default_params, flags_of
-from support.significance import paired_t
 
 SHOWN = 4  # rows beside the default's
 
@@ -45,13 +46,13 @@ def tune(root: Path) -> dict:
 
 
 def compared(comparison: list[dict]) -> list[dict]:
-    """The default and others at the full length, with the differences seed by seed."""
-    base = comparison[0]["val_accuracy"]
-    rows = []
-    for row in comparison:
-        seeds = sorted(base.keys() & row["val_accuracy"].keys())
-        values = [row["val_accuracy"][seed] for seed in seeds]
-        name = row["what"].replace("trial", "trial ").replace("default", "the default")
-        found = {"name": name, "n": len(seeds), "val": sum(values) / len(values)}
-        rows.append(found | paired_t(values, [base[seed] for seed in seeds]))
-    return rows
+    """The default and others at the full length, with their mean differences from the default."""
+    return [
+        {
+            "name": row["what"].replace("trial", "trial ").replace("default", "the default"),
+            "n": len(row["val_accuracy"]),
+            "val": float(np.mean(list(row["val_accuracy"].values()))),
+            "difference": row.get("difference"),  # the default has none
+        }
+        for row in comparison
+    ]

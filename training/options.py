@@ -81,10 +81,10 @@ def stored_values(config) -> dict[str, Any]:
             stored = read_checkpoint(path)["config"]
         elif report.exists():
             path, stored = report, read_json(report, schema.STORED_RUN)["config"]
-        elif int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several processes the first alone need see the files
-            raise nothing_to_resume(path)
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return {}  # only the first process has to have the files: Run asks it, and tells all
         else:
-            return {}
+            raise nothing_to_resume(path)
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
     else:
         return {}
