@@ -75,8 +75,10 @@ def open_storage(where: str) -> BaseStorage:
                     raise
                 time.sleep(1)
     except Exception as error:  # each kind of storage has its own errors
-        shown = cli.without_password(where)
-        raise ValueError(f"--storage {shown} cannot be opened: {cli.without_password(first_line(error))}") from None
+        reason, cause = cli.without_password(first_line(error)), error.__cause__
+        if isinstance(cause, ModuleNotFoundError):  # Optuna does not say which
+            reason = f"it needs the module {cause.name}, which is not installed"
+        raise ValueError(f"--storage {cli.without_password(where)} cannot be opened: {reason}") from None
 
 
 def open_study(where: str, name: str, settings: dict, default: dict | None) -> optuna.Study:

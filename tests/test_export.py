@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import export
+from images.loader import pack_ids
 from network import CNN, FeedForward, Model, ResNet20, VisionTransformer
 from training.models import TimmModel
 
@@ -56,7 +57,8 @@ def run(capsys):
 
 
 def save(model: Model, path, digits, **changes):
-    model.save(path, **{"dataset": "digits", "classes": digits.classes, "mean": MEAN, "std": STD} | changes)
+    metadata = {"dataset": "digits", "classes": digits.classes, "mean": MEAN, "std": STD}
+    model.save(path, **metadata | {"seen": digits.metadata["seen"]} | changes)
     return path
 
 
@@ -109,6 +111,7 @@ def test_script(tmp_path, digits, run):
     report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
     accuracy = (expected_logits(model, digits.test.images).argmax(dim=1) == digits.test.labels).double().mean().item()
     assert report["rows"]["PyTorch"]["accuracy"] == pytest.approx(accuracy) and report["test_images"] == 360
+    assert report["validation_images"] == len(digits.val)
     for row in report["rows"].values():
         assert row["bytes"] > 1000 and row["milliseconds_batch_1"] > 0 and row["milliseconds_batch_128"] > 0
     for who in ("ONNX Runtime", "ExportedProgram"):
@@ -144,7 +147,7 @@ def test_without_its_data_a_model_is_compared_on_other_pictures_and_no_accuracy_
     code, out, _ = run(path, *flags)
     assert code == 0 and f"{dataset} is not on this machine" in out and words in out and "200 of 200" in out
     report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
-    assert words in report["compared_on"] and "test_images" not in report and report["accuracy_lost_in_8_bits"] is None
+    assert words in report["compared_on"] and "test_images" not in report and report["validation_accuracy_lost_in_8_bits"] is None
     assert not any("accuracy" in row for row in report["rows"].values())
     names = {"a.pt", "a.onnx", "a.pt2", "figures"}
     assert {file.name for file in tmp_path.iterdir()} == names  # 8 bits are kept only where their accuracy is known
@@ -193,10 +196,23 @@ def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monke
 
     monkeypatch.setattr(export, "quantise", always_the_first_class)
     code, out, _ = run(*flags)
-    lost = accuracy - (digits.test.labels == 0).double().mean().item()
-    assert code == 0 and "not kept" in out and f"by {-100 * lost:+.2f} percentage points" in out
+    right = expected_logits(fitted_mlp(digits), digits.val.images).argmax(dim=1) == digits.val.labels
+    lost = right.double().mean().item() - (digits.val.labels == 0).double().mean().item()
+    assert code == 0 and "not kept" in out and f"validation accuracy by {-100 * lost:+.2f} percentage points" in out
     assert not (tmp_path / "a.int8.onnx").exists()  # nor that of the export before
     assert (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize("seen", ["no validation images", "an older file"])
+def test_eight_bits_are_not_kept_on_the_word_of_test_images(tmp_path, digits, run, seen):
+    everything = {"digits": {"train": pack_ids(torch.arange(1437)), "val": pack_ids(torch.arange(0))}}
+    changes = {"seen": everything if seen == "no validation images" else {}}
+    path = save(fitted_mlp(digits), tmp_path / "a.pt", digits, **changes)
+    code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--no-latency")
+    report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
+    assert code == 0 and "8 bits: not kept, as without validation images" in out
+    assert report["validation_images"] == 0 and report["rows"]["ONNX Runtime, 8 bits"]["accuracy"] > 0.8
+    assert not (tmp_path / "a.int8.onnx").exists() and (tmp_path / "a.onnx").exists()
 
 
 @pytest.mark.parametrize("what", ["ONNX Runtime", "ExportedProgram"])

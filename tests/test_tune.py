@@ -304,6 +304,7 @@ def test_ctrl_c_of_jobs_is_one_line_and_what_they_trained_is_trained_next_time(t
         (["--trials", "0"], ["trials", "at least 1"]),
         (["--minutes", "0"], ["minutes", "positive"]),
         (["--storage", "sqlite:////dev/null/tune.db"], ["--storage", "cannot be opened"]),
+        (["--storage", "mysql://user:secret@host/tune"], ["mysql://user:***@host", "the module MySQLdb"]),
         (["--storage", "nosuch://user:secret@host/tune"], ["--storage", "nosuch://user:***@host"]),
     ],
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from images.loader import Dataset, ImageLoader, Split, unpack_seen
+from images.loader import Dataset, ImageLoader, Split, join, unpack_seen
 from network import Model
 from setup_cifar import DATASETS, load_data
 from support import schema
@@ -49,13 +49,8 @@ def data_title(metadata: dict) -> str:
     return ", ".join([name, *classes] if len(classes) <= 4 else [name])
 
 
-def test_loader(
-    model: Model, data_dir: str | None, batch_size: int, device: str | torch.device, others: Iterable[Model] = ()
-) -> ImageLoader:
-    """The test images of the data set that the model was trained on, normalised as they were in training.
-
-    Of a folder of pictures that has changed since then, those are left out that the model, or one of the `others`, was
-    trained or validated on, and it is said how many are left.
+def load_its_data(model: Model, data_dir: str | None) -> Dataset:
+    """The data set that the model was trained on, with the classes that it knows. Its parts need not be those of then.
 
     Args:
         data_dir: where the data lie; of a model of your own pictures, the folder with them, if it has been moved.
@@ -73,8 +68,30 @@ def test_loader(
         if not set(metadata["classes"]) <= set(data.classes):
             raise CheckpointError(f"the classes in {source} are no longer those that the model was trained on")
         data = data.select(metadata["classes"])
+    return data
+
+
+def test_loader(
+    model: Model, data_dir: str | None, batch_size: int, device: str | torch.device, others: Iterable[Model] = ()
+) -> ImageLoader:
+    """The test images of the data set that the model was trained on, normalised as they were in training.
+
+    Of a folder of pictures that has changed since then, those are left out that the model, or one of the `others`, was
+    trained or validated on, and it is said how many are left. Arguments and errors as of `load_its_data`.
+    """
+    data = load_its_data(model, data_dir)
     test = not_trained_on(data, [model, *others]) if data.is_folder else data.test
-    return ImageLoader(test, batch_size, metadata["mean"], metadata["std"], device, flip=data.flip)
+    return ImageLoader(test, batch_size, model.metadata["mean"], model.metadata["std"], device, flip=data.flip)
+
+
+def validation_loader(model: Model, data_dir: str | None, batch_size: int, device: str | torch.device) -> ImageLoader:
+    """The images that the model was validated on, as far as they are here and it says which they were: perhaps none.
+    Arguments and errors as of `load_its_data`."""
+    data = load_its_data(model, data_dir)
+    known = unpack_seen(model.metadata.get("seen", {})).get(data.collection, {"val": torch.empty(0)})["val"]
+    images = join([data.train, data.val])
+    images = images.subset(torch.isin(images.ids, known))
+    return ImageLoader(images, batch_size, model.metadata["mean"], model.metadata["std"], device)
 
 
 def sample_images(model: Model, count: int = 20, data_dir: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
