@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
-from images.reading import find_images, read_image, to_array
+from images.reading import ImageError, find_images, read_image, to_array
 from network import VisionTransformer
 from runner import choose_device
 from support import cli
@@ -63,7 +63,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def draw_page(checkpoint: str, config: Config) -> None:
-    """Write the page to look at a ViT's attention, and say what it had no room for.
+    """Write the page to look at a ViT's attention, and say what it had no room for. Pictures that cannot be read are
+    named and left out, and the exit code is 2.
 
     Raises:
         ValueError: no ViT, or no picture.
@@ -77,17 +78,26 @@ def draw_page(checkpoint: str, config: Config) -> None:
     files, labels = find_images(config.page), None
     if empty := [file for file in files if Path(file).is_dir()]:
         raise ValueError(f"{empty[0]} is a folder with no pictures in it")
+    read, unreadable = [], []
+    for file in tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4):
+        try:
+            read.append((Path(file).name, torch.from_numpy(to_array(read_image(file), model.image_size))))
+        except ImageError as error:
+            unreadable.append(str(error))
+    if unreadable and not read:
+        raise ValueError("; ".join(unreadable))
     if files:
-        pictures = tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4)
-        pixels = torch.stack([torch.from_numpy(to_array(read_image(file), model.image_size)) for file in pictures])
+        pixels = torch.stack([pixel for _, pixel in read])
     else:
         pixels, labels = mixed_images(model, PAGE_IMAGES, config.data_dir)
     path = picture_path(config.output_dir, checkpoint, "attention", "html")
     if Path(checkpoint).stem == "VisionTransformer":
         path = path.with_name("attention.html")  # as figures/attention_maps.png
-    notes = write_page(model, pixels, path, labels, [Path(file).name for file in files])
+    notes = write_page(model, pixels, path, labels, [name for name, _ in read])
     print(*notes, sep="\n", end="\n" if notes else "")
     cli.say_written([path])
+    if unreadable:
+        cli.fail("; ".join(unreadable))
 
 
 def mixed_images(model: Model, count: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -234,7 +234,7 @@ def find_or_download_archive(cifar: Cifar, data_dir: Path) -> Path:
         except DownloadError as error:
             raise DownloadError(
                 f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, or name its place with --data_dir or "
-                "DATA_DIR; to train without it: --dataset digits"
+                "DATA_DIR; train.py --dataset digits does without"
             ) from None
     return archive
 
@@ -307,8 +307,8 @@ def find_or_download(name: str, path: Path, urls: list[str], md5: str) -> None:
         except DownloadError as error:
             failed.append(str(error))
     raise DownloadError(
-        f"{'; '.join(failed)}. Put it into {path.parent}, or name its place with --data_dir or DATA_DIR; to train "
-        "without it: --dataset digits"
+        f"{'; '.join(failed)}. Put it into {path.parent}, or name its place with --data_dir or DATA_DIR; "
+        "train.py --dataset digits does without"
     )
 
 
