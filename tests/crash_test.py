@@ -28,6 +28,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from support.report import provenance, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "VisionTransformer_digits"
 SMALL = "--dataset digits --device cpu --batch_size 64 --num_blocks 2 --patch_size 8 --gif_frames 6 --ema 0.99"
@@ -233,20 +235,24 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in each configuration, that meet a live process")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--store", metavar="FILE", type=Path, help="where the counts go, as JSON")
     args = parser.parse_args()
     print(
         "| Configuration | Kills that met a live process | of these, while a file was written | Kills after the end, "
         "repeated | Processes left behind | Equal bit for bit to the run left alone |"
     )
     print("|---|---|---|---|---|---|", flush=True)
-    failed = False
+    rows, started = [], provenance()
     for name in args.configurations:
         tally, found = prove(CONFIGURATIONS[name], args.kills, args.seed)
         equal = f"NO: {', '.join(found)}" if found else "yes"
         cells = (CONFIGURATIONS[name].title, tally.met, tally.writing, tally.missed, tally.left, equal)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
-        failed |= bool(found or tally.left)
-    raise SystemExit(failed)
+        counts = {"met": tally.met, "writing": tally.writing, "missed": tally.missed, "left": tally.left}
+        rows.append({"configuration": name, **counts, "different": found})
+    if args.store:
+        write_json(args.store, {"rows": rows, "provenance": started})
+    raise SystemExit(any(row["different"] or row["left"] for row in rows))
 
 
 if __name__ == "__main__":

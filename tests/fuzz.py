@@ -58,6 +58,7 @@ from training.run import Run
 SECONDS, MEMORY, ADDRESSES = 20, 2**30, 6 * 2**30  # of a case; the last is where the system refuses more
 UNIT = 1 if sys.platform == "darwin" else 1024  # of memory as the system counts it
 FAULTS = ("traceback", "crash", "hang", "memory", "not one line", "silent", "code ran", "not made")
+OUTCOMES = ("accepted", "refused", *FAULTS)
 VIT = "--dataset digits --hidden_size 8 --num_heads 2 --num_blocks 1 --patch_size 16 --batch_size 16 --device cpu"
 MODELS = {"vit": VIT, "cnn": f"{VIT} --model cnn", "mlp": f"{VIT} --model mlp"}
 OPTIONS = {
@@ -689,12 +690,19 @@ def use_little_data() -> None:
     compare.choose_device = lambda *_: torch.device("cpu")
 
 
-def report_results(results: dict[str, list[Result]]) -> None:
-    columns = ("accepted", "refused", *FAULTS)
-    print("| family | cases | " + " | ".join(columns) + " |\n|:--|" + "--:|" * (len(columns) + 1))
+def count_outcomes(results: dict[str, list[Result]]) -> list[dict]:
+    """A row for each family: its cases, and how many had each outcome."""
+    rows = []
     for family, found in results.items():
         counts = collections.Counter(result.outcome for result in found)
-        print(f"| {family} | {len(found)} | " + " | ".join(str(counts[name]) for name in columns) + " |")
+        rows.append({"family": family, "cases": len(found), **{name: counts[name] for name in OUTCOMES}})
+    return rows
+
+
+def report_results(results: dict[str, list[Result]]) -> None:
+    print("| family | cases | " + " | ".join(OUTCOMES) + " |\n|:--|" + "--:|" * (len(OUTCOMES) + 1))
+    for row in count_outcomes(results):
+        print(f"| {' | '.join(map(str, row.values()))} |")
     print()
     groups = collections.defaultdict(list)
     for result in itertools.chain(*results.values()):
@@ -713,6 +721,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--only", metavar="FAMILY:NUMBER", help="one case, with its output")
+    parser.add_argument("--store", metavar="FILE", type=Path, help="where the counts go, as JSON")
     args = parser.parse_args()
     if not hasattr(os, "fork"):
         print("each case needs a process of its own by os.fork, which this system does not have: nothing is done")
@@ -747,6 +756,9 @@ def main() -> None:
                     flush=True,
                 )
     report_results(results)
+    if args.store:
+        rows = count_outcomes(results)
+        report.write_json(args.store, {"seed": args.seed, "rows": rows, "provenance": report.provenance()})
     raise SystemExit(any(result.outcome in FAULTS for found in results.values() for result in found))
 
 
