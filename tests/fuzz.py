@@ -670,7 +670,7 @@ def without_bars(text: str) -> str:
 
 
 def use_little_data() -> None:
-    """Have digits be few, and pictures not be drawn, so that a case takes little time."""
+    """Have digits be few, pictures not drawn and models not compiled, so that a case takes little time."""
     digits, load = setup_cifar.load_data("digits"), setup_cifar.load_data
     each = [torch.nonzero(digits.train.labels == label)[:6, 0] for label in range(10)]
     parts = [torch.cat([indices[part] for indices in each]) for part in (slice(4), slice(4, 5), slice(5, 6))]
@@ -685,6 +685,7 @@ def use_little_data() -> None:
     for module in (ablation, crossval, comparison_figures, utils):
         module.save_figure = lambda figure, path: None
     Run.draw_pictures = lambda *_: []
+    train.compile_training = lambda *_: None  # half a minute
     bootstrap = comparison.paired_bootstrap
     comparison.paired_bootstrap = lambda *args, **options: bootstrap(*args, **{**options, "resamples": 50})
     compare.choose_device = lambda *_: torch.device("cpu")
