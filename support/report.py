@@ -89,8 +89,9 @@ def read_json(path: str | Path, table: dict | None = None, advice: str = "") -> 
     """
     try:
         contents = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
-        found = contents.pop("sha256", None)
-        if found is not None and found != checksum(contents):
+        names = [name for name, value in contents.items() if name == "sha256" or _is_checksum(value)]
+        found = {name: contents.pop(name) for name in names}
+        if found and found != {"sha256": checksum(contents)}:  # its name may be what is damaged
             raise CheckpointError(f"{path} is damaged: its contents do not match its checksum{advice}")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
@@ -107,6 +108,10 @@ def read_json(path: str | Path, table: dict | None = None, advice: str = "") -> 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def checksum(contents: dict) -> str:

@@ -360,6 +360,10 @@ def test_a_digit_changed_in_a_report_is_noticed(stored):
     with pytest.raises(CheckpointError, match="do not match its checksum"):
         runs.read_report(MODEL, options)
     write_json(path, report)
+    path.write_text(path.read_text(encoding="utf-8").replace('"sha256"', '"sha956"'), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="do not match its checksum"):  # not a file from before checksums
+        runs.read_report(MODEL, options)
+    write_json(path, report)
     contents = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(contents), encoding="utf-8")  # laid out in another way it is the same
     assert runs.read_report(MODEL, options) == report
