@@ -96,6 +96,7 @@ RESULTS = optional(
     {
         "parameters": COUNT,
         "val_accuracy": maybe(FRACTION),  # null where nothing was validated
+        "val_loss": maybe(NUMBER),
         "training_seconds": NOT_NEGATIVE,
     },
     processor_seconds=maybe(NOT_NEGATIVE),

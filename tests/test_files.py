@@ -309,6 +309,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize(
     "key, value",
     [
+        ("results.val_loss", "little"),
         ("results", "done"),
         ("results.test_accuracy", None),
         ("results.val_accuracy", 82.0),
