@@ -182,6 +182,8 @@ def read_report(name: str, options: StudyOptions, tested: bool = False) -> dict:
         wrong = "metrics.val_loss, its like and val_seconds are empty or of different lengths"
     elif Path(report["config"].get("name") or name).name != Path(name).name:
         wrong = "it is the report of another run"
+    elif None in (report["results"]["val_accuracy"], report["results"]["val_loss"]):
+        wrong = "results.val_accuracy or results.val_loss is missing"
     elif tested and not {"test_accuracy", "test_loss"} <= report["results"].keys():
         wrong = "the run was trained with --no_test"
     else:

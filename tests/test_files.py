@@ -310,6 +310,7 @@ def stored(tmp_path_factory):
     "key, value",
     [
         ("results.val_loss", "little"),
+        ("results.val_accuracy", None),
         ("results", "done"),
         ("results.test_accuracy", None),
         ("results.val_accuracy", 82.0),
