@@ -39,7 +39,7 @@ LARGEST = 256 << 20  # bytes that a run's answers may unpack to; those of CIFAR-
 RECIPES = {  # name -> flags to train.py; default: as it was when the study began, so that all its runs are alike
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
     "--weight_decay 0 --pooling cls --no_whiten --precision fp32",
-    "default": "--lr 8e-3 --weight_decay 0.1 --no_whiten --precision fp32",
+    "default": "",
 }
 MODELS = {  # seeds: of each, where --seeds does not say
     "cnn": Row("CNN", "--model cnn", 3),
