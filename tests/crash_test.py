@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -242,7 +243,7 @@ def main() -> None:
         "repeated | Processes left behind | Equal bit for bit to the run left alone |"
     )
     print("|---|---|---|---|---|---|", flush=True)
-    rows, started = [], provenance()
+    rows, started = [], provenance() | {"command": shlex.join(["python", "-m", "tests.crash_test", *sys.argv[1:]])}
     for name in args.configurations:
         tally, found = prove(CONFIGURATIONS[name], args.kills, args.seed)
         equal = f"NO: {', '.join(found)}" if found else "yes"

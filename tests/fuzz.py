@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -758,8 +759,8 @@ def main() -> None:
                 )
     report_results(results)
     if args.store:
-        rows = count_outcomes(results)
-        report.write_json(args.store, {"seed": args.seed, "rows": rows, "provenance": report.provenance()})
+        came_of = report.provenance() | {"command": shlex.join(["python", "-m", "tests.fuzz", *sys.argv[1:]])}
+        report.write_json(args.store, {"seed": args.seed, "rows": count_outcomes(results), "provenance": came_of})
     raise SystemExit(any(result.outcome in FAULTS for found in results.values() for result in found))
 
 
