@@ -76,11 +76,11 @@ def draw_page(checkpoint: str, config: Config) -> None:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{checkpoint} has no attention for a page to show: it is no Vision Transformer of network.py")
     files, labels = find_images(config.page), None
-    if empty := [file for file in files if Path(file).is_dir()]:
-        raise ValueError(f"{empty[0]} is a folder with no pictures in it")
     read, unreadable = [], []
     for file in tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4):
         try:
+            if Path(file).is_dir():
+                raise ImageError(f"{file} is a folder with no pictures in it")
             read.append((Path(file).name, torch.from_numpy(to_array(read_image(file), model.image_size))))
         except ImageError as error:
             unreadable.append(str(error))
@@ -97,7 +97,7 @@ def draw_page(checkpoint: str, config: Config) -> None:
     print(*notes, sep="\n", end="\n" if notes else "")
     cli.say_written([path])
     if unreadable:
-        cli.fail("; ".join(unreadable))
+        cli.fail(f"not on the page: {'; '.join(unreadable)}")
 
 
 def mixed_images(model: Model, count: int, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:

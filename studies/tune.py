@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import optuna
@@ -49,7 +50,13 @@ from support.significance import paired_t
 
 WORKER = "STUDIES_TUNE_WORKER"  # set in the environment of the processes that --jobs starts
 SHOWN = 8  # rows of the table
-STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running"}
+STATES = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.FAIL: "given up",
+}
 
 
 @dataclass
@@ -103,8 +110,11 @@ def main(args: list[str] | None = None) -> None:
 
 def open_search(config: Config) -> optuna.Study:
     space = SPACES[config.model]
-    if not config.train and not config.storage and not (config.saved / f"{config.name}.db").exists():
-        raise ValueError(f"no search is stored in {config.saved / config.name}.db")
+    file = Path(config.where.removeprefix("sqlite:///"))  # or the URL of a server
+    if config.train and not config.storage:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    elif not config.train and "://" not in config.where.removeprefix("sqlite:///") and not file.exists():
+        raise ValueError(f"no search is stored in {file}")
     settings = settings_of(space, dataset=config.dataset, epochs=config.epochs)
     default = default_params(space, config.common) if config.train else None
     study = open_study(config.where, config.name, settings, default)
@@ -210,7 +220,8 @@ def report(config: Config, study: optuna.Study) -> None:
         done = len(counted(study)) - len(under_way)
         print(f"\n{done} of {config.trials} trials have ended{rest}: the same command goes on, and compares at the end")
     compared = read_comparison(config, wanted)
-    rows = [as_row(trial) for trial in trials]
+    repeated = {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
+    rows = [as_row(trial, repeated) for trial in trials]
     prefix = config.figures / config.name
     pictures = tune_figures.draw_all(study, rows, best.number, prefix, config)
     settings = dataclasses.replace(config, storage=None)  # which may say more of a machine than others should know
@@ -266,12 +277,16 @@ def read_comparison(config: Config, wanted: dict[str, list]) -> list[dict]:
     return found
 
 
-def as_row(trial: FrozenTrial) -> dict:
-    """A trial as it is published: all that is needed to train it again, and what came of it."""
+def as_row(trial: FrozenTrial, repeated: set[int]) -> dict:
+    """A trial as it is published: all that is needed to train it again, and what came of it.
+
+    Args:
+        repeated: numbers of the trials that were stopped or killed, and begun anew under another number.
+    """
     seconds = trial.duration.total_seconds() if trial.duration else None
     return {
         "number": trial.number,
-        "state": STATES.get(trial.state, "given up" if trial.state == TrialState.FAIL else "waiting"),
+        "state": "begun anew" if trial.number in repeated else STATES[trial.state],
         "why": trial.user_attrs.get("why") or trial.user_attrs.get("what"),
         "val_accuracies": [trial.intermediate_values[epoch] for epoch in sorted(trial.intermediate_values)],
         "seconds": None if seconds is None else round(seconds, 1),
@@ -296,13 +311,13 @@ def as_markdown(config: Config, rows: list[dict], compared: list[dict]) -> str:
         }
         for row in shown
     ]
-    hours = sum(row["seconds"] or 0 for row in rows) / 3600
+    minutes = sum(row["seconds"] or 0 for row in rows) / 60
     count = Counter(row["state"] for row in rows)
     states = ", ".join(f"{number} {state}" for state, number in count.items())
     epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
     note = (
         f"Validation accuracy of `python train.py {config.common}` with these flags; points are to the default's. "
-        f"Trials of {epochs} on {config.dataset}: {states}; {hours:.1f} hours in all."
+        f"Trials of {epochs} on {config.dataset}: {states}; {minutes:,.{0 if minutes >= 10 else 1}f} minutes in all."
     )
     return "\n\n".join([runs.markdown(table), note, *([comparison_in_words(compared)] if compared else [])])
 

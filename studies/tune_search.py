@@ -61,11 +61,11 @@ def open_storage(where: str) -> BaseStorage:
         ValueError: it cannot be opened.
     """
     try:
+        file = where.removeprefix("sqlite:///")
+        if "://" not in file and not Path(file).parent.is_dir():  # a disk that is not there, say
+            raise ValueError(f"there is no folder {Path(file).parent}")
         if "://" not in where:
-            Path(where).parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(where))
-        if where.startswith("sqlite:///"):
-            Path(where.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         options = {"connect_args": {"timeout": 60}} if where.startswith("sqlite") else {}
         for last in (False, False, True):
             try:
@@ -127,9 +127,9 @@ def settings_of(space: Space, **others) -> dict:
 
 class SamplerByNumber(BaseSampler):
     """Tree-structured Parzen estimator (Bergstra et al. 2011), of all hyperparameters together, with a seed of its own
-    for each trial: what is tried depends on the seed, the trial's number and the trials that have ended, but not on how
-    often the search was interrupted; and two processes never draw the same. Trials that still run count as bad ones, so
-    that others keep away from them ("constant liar", Ginsbourger et al. 2010).
+    for each trial: what is tried depends on the seed, on how many configurations were tried before and on the trials
+    that have ended, but not on how often the search was interrupted; and two processes never draw the same. Trials that
+    still run count as bad ones, so that others keep away from them ("constant liar", Ginsbourger et al. 2010).
 
     Args:
         startup: trials at the beginning that are drawn at random.
@@ -139,7 +139,9 @@ class SamplerByNumber(BaseSampler):
         self.seed, self.startup = seed, startup
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        seed = int(hashlib.sha256(f"{self.seed} {trial.number}".encode()).hexdigest()[:8], 16)
+        before = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        number = sum("again" not in other.user_attrs for other in before)  # of its configuration: see put_back
+        seed = int(hashlib.sha256(f"{self.seed} {number}".encode()).hexdigest()[:8], 16)
         self.tpe = TPESampler(n_startup_trials=self.startup, multivariate=True, constant_liar=True, seed=seed)
         self.tpe.before_trial(study, trial)
 

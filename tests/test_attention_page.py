@@ -491,9 +491,10 @@ def test_the_command_with_pictures(tmp_path, run):
     Image.new("RGB", (90, 50), "red").save(tmp_path / "a.jpg")
     (tmp_path / "more").mkdir()
     Image.new("RGB", (40, 70), "blue").save(tmp_path / "more" / "b.png")
-    pictures = [tmp_path / "a.jpg", tmp_path / "more"]
+    (tmp_path / "empty").mkdir()
+    pictures = [tmp_path / "a.jpg", tmp_path / "more", tmp_path / "empty"]
     code, _, errors = run("--checkpoint", tmp_path / "mine.pt", "--page", *pictures, tmp_path / "none.png")
-    assert code == 2 and len(errors) == 1 and "none.png" in errors[0]  # the others are drawn
+    assert code == 2 and len(errors) == 1 and "none.png" in errors[0] and "empty" in errors[0]  # the others are drawn
     data = stored(tmp_path / "figures" / "mine_attention.html")
     assert [(image["name"], image["label"]) for image in data["images"]] == [("a.jpg", -1), ("b.png", -1)]
 

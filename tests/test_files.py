@@ -116,6 +116,23 @@ def test_a_finished_run_whose_files_are_damaged_writes_them_again(tmp_path, dama
     assert all(torch.equal(weights, before[1][name]) for name, weights in read_file(path)["weights"].items())
 
 
+@pytest.mark.parametrize("damaged", ["report", "model"])
+def test_without_a_checkpoint_the_file_that_is_damaged_is_named(tmp_path, damaged, capfd):
+    train_small(tmp_path)
+    report, path = tmp_path / "saved" / f"{MODEL}.json", tmp_path / "saved" / f"{MODEL}.pt"
+    (tmp_path / "saved" / f"{MODEL}.checkpoint").unlink()
+    contents = read_json(report)
+    if damaged == "report":
+        write_json(report, {**contents, "results": {**contents["results"], "val_loss": "little"}})
+    else:
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(SystemExit) as stop:
+        train_small(tmp_path, "--resume")
+    words = "val_loss" if damaged == "report" else f"{MODEL}.pt is missing, damaged"
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and words in errors[-1] and "run without --resume" in errors[-1]
+
+
 @pytest.mark.parametrize(
     "where, value",
     [

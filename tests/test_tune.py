@@ -235,6 +235,7 @@ def test_table_pictures_and_json(killed, capsys):
     assert report["provenance"]["command"].startswith("python -m studies.tune --model cnn")
     assert "storage" not in report["config"] or report["config"]["storage"] is None
     finished = [row for row in report["trials"] if row["state"] == "finished"]
+    assert [row["state"] for row in report["trials"]].count("begun anew") == 1  # the one that was killed
     best = max(finished, key=lambda row: row["val_accuracies"][-1])
     assert report["trials"][report["best"]]["val_accuracies"][-1] == best["val_accuracies"][-1]
     text = (folder / "figures" / "tune_cnn_digits.md").read_text(encoding="utf-8")
@@ -301,6 +302,9 @@ def test_ctrl_c_of_jobs_is_one_line_and_what_they_trained_is_trained_next_time(t
     ("flags", "words"),
     [
         (["--no_train"], ["no search is stored"]),
+        (["--no_train", "--storage", "sqlite:///none.db"], ["no search is stored in none.db"]),
+        (["--no_train", "--storage", "none.log"], ["no search is stored in none.log"]),
+        (["--storage", "no/such/folder/tune.log"], ["cannot be opened: there is no folder no/such/folder"]),
         (["--trials", "0"], ["trials", "at least 1"]),
         (["--minutes", "0"], ["minutes", "positive"]),
         (["--storage", "sqlite:////dev/null/tune.db"], ["--storage", "cannot be opened"]),
@@ -317,6 +321,24 @@ def test_a_search_of_other_settings_is_not_mixed_in(killed, capfd):
     folder, _, _ = killed
     with refused(capfd, folder / "figures", "has epochs 2", script="studies.tune"):
         run_main("studies.tune", *whole_search(folder), "--epochs", 3)
+
+
+def test_what_is_tried_does_not_depend_on_interruptions(tmp_path):
+    space = SPACES["cnn"]
+
+    def search(name, interrupted):
+        study = tune_search.open_study(f"sqlite:///{tmp_path}/{name}.db", "tune_cnn", {}, {})
+        study.sampler = tune_search.SamplerByNumber(seed=0, startup=3)
+        while len(tune_search.counted(study)) < 8:
+            trial = study.ask(space)
+            if trial.number in interrupted:
+                study.tell(trial, state=TrialState.FAIL)
+                tune_search.put_back(study, trial, 1)
+            else:
+                study.tell(trial, trial.params["lr_times"] + trial.params["momentum"])
+        return [trial.params for trial in tune_search.counted(study)]
+
+    assert search("whole", ()) == search("interrupted", (1, 4, 5, 9))
 
 
 def test_a_waiting_trial_is_given_to_one_of_several_processes(tmp_path):

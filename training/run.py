@@ -131,6 +131,7 @@ class Run:
                 print(f"this run has finished: {accuracy_of(results)}, {self.paths.model}")
                 return False
             if ended:
+                read_json(self.paths.report, schema.REPORT, "; run without --resume to train it anew")
                 raise CheckpointError(
                     f"{self.paths.name} has ended without a checkpoint, and {self.paths.model} is missing, damaged or "
                     "of other images: run without --resume to train it anew"
