@@ -20,7 +20,7 @@ from studies.ablation import ROWS
 from support import cli, schema
 from support.model import num_parameters
 from support.report import read_json
-from support.significance import verdict, wilson
+from support.significance import paired_t, verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
 from training.trained import views
@@ -112,7 +112,18 @@ def headline(root: Path) -> dict:
             found[key] = {"key": key, "title": title, "command": command, **of_runs(runs)}
     rows = list(found.values())
     runs = {name: run for row in rows for name, run in row["runs"].items()}
-    return {**found, "rows": rows, "runs": runs, "where": sorted({machine_of(r["provenance"]) for r in runs.values()})}
+    resnet, vit = found["resnet20"], found["vit"]
+    return {
+        **found,
+        "rows": rows,
+        "runs": runs,
+        "where": sorted({machine_of(r["provenance"]) for r in runs.values()}),
+        # of the test images, seed by seed
+        "resnet_minus_vit": {
+            **paired_t(resnet["test"], vit["test"]),
+            "parameters": vit["parameters"] / resnet["parameters"],
+        },
+    }
 
 
 def committed(root: Path) -> dict:
@@ -354,3 +365,23 @@ def export(root: Path) -> dict:
     onnx, small = rows["ONNX Runtime"], rows["ONNX Runtime, 8 bits"]
     shorter = small["milliseconds_batch_128"] / onnx["milliseconds_batch_128"]
     return {**stored, "smaller": small["bytes"] / onnx["bytes"], "shorter": shorter, "runs": {}}
+
+
+def fuzzing(root: Path) -> dict:
+    """What tests.fuzz counted: rows by family of files."""
+    stored = read_figures(root, "fuzz")
+    titles = {
+        "model": "models",
+        "checkpoint": "checkpoints",
+        "report": "reports",
+        "answers": "answers of a study",
+        "picture": "pictures, alone and in folders",
+        "cifar": "files and archive of CIFAR-10",
+    }
+    counted = ("accepted", "refused")
+    rows = [
+        {**row, "title": titles[row["family"]], "faults": row["cases"] - sum(row[name] for name in counted)}
+        for row in stored["rows"]
+    ]
+    found = {name: sum(row[name] for row in rows) for name in ("cases", "faults")}
+    return {**found, "each": rows[0]["cases"], "seed": stored["seed"], "rows": rows, "runs": {}}

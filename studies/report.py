@@ -42,6 +42,7 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
         facts.faithfulness,
         facts.transfer,
         facts.export,
+        facts.fuzzing,
         speed_facts.benchmark,
         speed_facts.time_to_accuracy,
         speed_facts.precision,
