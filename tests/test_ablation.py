@@ -38,6 +38,7 @@ def store(folder, key, seed, accuracy):
         "results": {
             "parameters": 1,
             "val_accuracy": accuracy,
+            "val_loss": 1.0,
             "test_loss": 1,
             "test_accuracy": 0.123,
             "training_seconds": 1,
