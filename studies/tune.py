@@ -110,11 +110,11 @@ def main(args: list[str] | None = None) -> None:
 
 def open_search(config: Config) -> optuna.Study:
     space = SPACES[config.model]
-    file = Path(config.where.removeprefix("sqlite:///"))  # or the URL of a server
+    place = config.where.removeprefix("sqlite:///")  # a file, or the URL of a server
     if config.train and not config.storage:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    elif not config.train and "://" not in config.where.removeprefix("sqlite:///") and not file.exists():
-        raise ValueError(f"no search is stored in {file}")
+        config.saved.mkdir(parents=True, exist_ok=True)
+    elif not config.train and "://" not in place and not Path(place).exists():
+        raise ValueError(f"no search is stored in {place}")
     settings = settings_of(space, dataset=config.dataset, epochs=config.epochs)
     default = default_params(space, config.common) if config.train else None
     study = open_study(config.where, config.name, settings, default)
