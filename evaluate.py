@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
             answers.append(Answers(name, *predict(model, loader, config.flip, config.shift)))
             without = compare([Answers(name, *predict(model, loader))], answers[-1])[0] if viewed else None
             title, prefix = model.title + viewed, prefix_of(name, config)
-            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, without)
+            evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, device, without)
             if without:
                 low, high = without["bca"]
                 change = f"{points(without['difference'])} points ({points(low)} to {points(high)})"
@@ -91,8 +91,8 @@ def main(args: list[str] | None = None) -> None:
             title = f"Ensemble of {len(models)}" + viewed
             suffix = "" if metadata["dataset"] == "cifar10" else f"_{metadata['dataset']}"
             prefix = prefix_of(together.name + suffix, config)
-            evaluate(together, loader.images, " ".join(config.models), title, metadata, prefix)
-            report_ensemble(answers, together, f"{title} on {data_title(metadata)}", prefix)
+            evaluate(together, loader.images, " ".join(config.models), title, metadata, prefix, device)
+            report_ensemble(answers, together, f"{title} on {data_title(metadata)}", prefix, device)
 
 
 def check(config: Config, names: list[str]) -> None:
@@ -147,6 +147,7 @@ def evaluate(
     title: str,
     metadata: dict,
     prefix: Path,
+    device: torch.device,
     without: dict | None = None,
 ) -> dict:
     """Print, draw and store everything about one model; returns what is stored in `<prefix>_evaluation.json`.
@@ -154,6 +155,7 @@ def evaluate(
     Args:
         images: uint8 `(n, 3, h, w)`.
         metadata: the model's, of which `classes` and `dataset` are needed.
+        device: that gave the answers.
         without: measures without mirror images and shifts, where the answers are with them.
     """
     classes, dataset = metadata["classes"], metadata["dataset"]
@@ -165,7 +167,7 @@ def evaluate(
         "confusion_matrix": confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(len(classes))).tolist(),
         "classes": per_class(probabilities, labels, classes),
         **({"without": without} if without else {}),
-        "provenance": provenance(),
+        "provenance": provenance(device),
     }
     print(f"\n{path}\n{title} on the {len(labels):,} test images of {data_title(metadata)}")
     error = f"expected calibration error {report['expected_calibration_error']:.2%} ({BINS} bins)"
@@ -230,11 +232,11 @@ def compare(members: list[Answers], together: Answers) -> list[dict]:
     return rows
 
 
-def report_ensemble(members: list[Answers], together: Answers, title: str, prefix: Path) -> dict:
+def report_ensemble(members: list[Answers], together: Answers, title: str, prefix: Path, device: torch.device) -> dict:
     """Print, draw and store how the ensemble does against each member; returns what is stored in `<prefix>.json`."""
     whole, rows = measures(together), compare(members, together)
     del whole["calibration"]
-    report = {"ensemble": whole, "members": rows, "provenance": provenance()}
+    report = {"ensemble": whole, "members": rows, "provenance": provenance(device)}
     shown = (*rows, {"name": "ensemble", **whole})
     gains = [f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})" for row in rows]
     columns = {

@@ -163,6 +163,8 @@ class Runner:
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimiser step with a batch that lies on the device."""
         self.optimizer.zero_grad()
+        # BatchNorm takes its statistics of a batch that is then left out
+        before = [buffer.clone() for buffer in self.model.buffers()] if self.skip_nonfinite else []
         totals = self.add_gradients(images, labels)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
@@ -173,9 +175,11 @@ class Runner:
         if not read_now or self.read_steps():
             self.totals += totals
             self.scaler.step(self.optimizer)
-            self.scaler.update()
         else:
             self.skipped += 1
+            for buffer, value in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(value)
+        self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1

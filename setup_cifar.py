@@ -119,7 +119,7 @@ def load_data(
     folder = data_folder(data_dir)
     if dataset == "auto":
         try:
-            return load_data("cifar10", folder, val_fraction, split_seed, test=test)
+            return load_data("cifar10", folder, val_fraction, split_seed, img_size, test)
         except DownloadError as error:
             warn_about_digits(error)
             dataset = "digits"

@@ -178,7 +178,10 @@ def dependent_defaults(config: Config) -> dict:
         values["lr"] = FINE_TUNING_RATE
     if config.dataset == "digits":
         values |= DIGITS
-    return {**values, **PRESETS.get(config.preset, {})}
+    preset = PRESETS.get(config.preset, {})
+    if optimizer != Config.optimizer:  # a preset's rates are Muon's
+        preset = {name: value for name, value in preset.items() if name not in RATES["muon"]}
+    return {**values, **preset}
 
 
 def with_defaults(config: Config, **changes) -> Config:
@@ -192,10 +195,9 @@ def with_defaults(config: Config, **changes) -> Config:
 
 def load_images(config: Config) -> Dataset:
     """The data set, or the part of it that is asked for; the same for all processes."""
+    val_fraction = config.val_fraction if config.fold is None else Config.val_fraction  # folds are cut from this split
     with distributed.main_process_first():
-        data = load_data(
-            config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size, config.test
-        )
+        data = load_data(config.dataset, config.data_dir, val_fraction, config.split_seed, config.img_size, config.test)
     if config.dataset == "auto":
         vars(config).update(vars(with_defaults(config, dataset=data.name)))
     if config.fold is not None:

@@ -54,7 +54,7 @@ class Config:
     )
     contender: str | None = None  # one run: the reference, a preset, or cct_2 with its authors' recipe
     seed: int = 0  # of that run
-    cct_epochs: int = 11  # that cct_2 trains: as many as fit in the time of the reference's 20
+    cct_epochs: int = 11  # that cct_2 trains
     stop_at: float = TARGET  # validation accuracy (a fraction) at which that run ends; 1 trains all its epochs
     repeats: int = 15  # timed steps of each contender
     threads: int = 1  # of torch
@@ -97,7 +97,7 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
     machine = {key: value for key, value in provenance().items() if key in ("torch", "machine", "threads")}
     settings, done = {"repeats": config.repeats, **machine}, {}
     if path.exists():
-        found = read_json(path, schema.PARTS, "; delete it and measure again")
+        found = read_json(path, schema.BENCHMARK_PARTS, "; delete it and measure again")
         done = found["parts"] if found["settings"] == settings else {}
     if done:
         print(f"measured before, and taken from {path}: {', '.join(done)}")

@@ -53,7 +53,9 @@ def main(args: list[str] | None = None) -> None:
         dataset = model.metadata["dataset"]
         picture = picture_path(config.output_dir, config.checkpoint, "faithfulness")
         report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
-        written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance()})
+        written = write_results(
+            picture.with_suffix(".json"), {**report, "provenance": provenance(next(model.parameters()).device)}
+        )
         draw(report, picture, f"{model.title} on {data_title(model.metadata)}")
         cli.say_written([picture, picture.with_suffix(".json")] if written else [picture])
 

@@ -14,7 +14,10 @@ import difflib
 import functools
 import inspect
 import io
+import os
 import re
+import shlex
+import subprocess
 import sys
 import textwrap
 import tokenize
@@ -107,6 +110,11 @@ def command() -> list[str]:
     return [without_password(word) for word in command_with_passwords()]
 
 
+def for_shell(words: list[str]) -> str:
+    """A command line as one types it in the system's shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def command_with_passwords() -> list[str]:
     """The same to be called again, and never to be shown or stored."""
     return _program + _args
@@ -177,18 +185,15 @@ def _build_parser(config_class: type) -> _Parser:
     return parser
 
 
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None:
     name, default = field.name, field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     if hint is bool:
-        flag, action = (f"--no_{name}", "store_false") if default else (f"--{name}", "store_true")
-        help_text = f"do without: {text}" if default else text
-        group.add_argument(flag, dest=name, action=action, default=default, help=help_text)
+        # the one that does not change the default is for runs that are repeated or go on, and is not in the help
+        help_texts = (argparse.SUPPRESS, f"turn off: {text}") if default else (text, argparse.SUPPRESS)
+        group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help_texts[0])
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=help_texts[1])
         return
     options = {"help": text}
     if type(None) in get_args(hint):  # X | None

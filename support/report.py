@@ -152,8 +152,13 @@ def instruction_sets() -> list[str]:
     return ["AVX2", "AVX-512", *(name for name, there in wide.items() if there)]
 
 
-def provenance() -> dict:
-    """What a stored figure came from: command, date, code, versions and machine."""
+def provenance(device: str | torch.device = "cpu") -> dict:
+    """What a stored figure came from: command, date, code, versions and machine.
+
+    Args:
+        device: on which it was computed.
+    """
+    device = torch.device(device)
     return {
         "command": shlex.join(["python", *cli.command()]),
         "date": datetime.date.today().isoformat(),
@@ -166,7 +171,11 @@ def provenance() -> dict:
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else None
+        if device.type == "cpu"
+        else device.type.upper(),
     }
 
 

@@ -22,12 +22,14 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+import torch.nn as nn
 from helpers import MODEL, ROOT
 
 from network import Model
 from runner import choose_device
 from support import distributed
 from support.files import read_file
+from training.parallel import share_batch_norm
 
 TRAIN = ROOT / "train.py"
 SMALL = "--dataset digits --hidden_size 16 --num_heads 2 --num_blocks 2 --patch_size 8 --precision fp32".split()
@@ -374,3 +376,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "8")
     with mock.patch.object(distributed, "world_size", return_value=9), pytest.raises(ValueError, match="cuda:8"):
         choose_device(distributed.device_name("cuda"))
+
+
+def test_a_batch_norm_that_cannot_be_shared_is_left_alone():
+    plain, kinds = nn.BatchNorm2d(3), [{"affine": False}, {"momentum": None}, {"track_running_stats": False}]
+    model = nn.Sequential(plain, *(nn.BatchNorm2d(3, **kind) for kind in kinds))
+    share_batch_norm(model, torch.device("cpu"))
+    assert [type(layer) is nn.BatchNorm2d for layer in model] == [False, True, True, True]
+    assert model(torch.randn(4, 3, 2, 2)).isfinite().all()

@@ -74,7 +74,7 @@ def test_the_report_has_the_confusion_matrix_with_right_classes_as_rows(predicti
     answers = evaluate.Answers("model", probabilities.log(), labels)
     metadata = {"classes": list("abcde"), "dataset": "letters"}
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    report = evaluate.evaluate(answers, images, "model.pt", "Model", metadata, tmp_path / "model")
+    report = evaluate.evaluate(answers, images, "model.pt", "Model", metadata, tmp_path / "model", torch.device("cpu"))
     assert report["confusion_matrix"] == by_hand(probabilities, labels).tolist()
 
 

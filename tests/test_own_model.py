@@ -1,6 +1,7 @@
 """A model in a file of one's own: `--model my_model.py:MyNet`."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_the_constructor_is_given_by_name_what_it_asks_for(file):
     assert model.module.asked == (4, 32, 2, "default")
     assert model.title == "MyNet" and model(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
     assert [p.shape for p in model.get_classifier().parameters()] == [(4, 3072), (4,)]
+
+
+def test_the_file_is_executed_once_until_it_changes(tmp_path):
+    file, count = tmp_path / "counted.py", tmp_path / "count"
+    text = f"import torch.nn as nn\nopen({str(count)!r}, 'a').write('x')\nclass MyNet(nn.Linear): pass\n"
+    file.write_text(text, encoding="utf-8")
+    assert import_class(f"{file}:MyNet") is import_class(f"{file}:MyNet")
+    assert count.read_text() == "x"
+    file.write_text(text + "class Other(MyNet): pass\n", encoding="utf-8")
+    os.utime(file, ns=(1, 1))
+    assert import_class(f"{file}:Other").__name__ == "Other" and count.read_text() == "xx"
 
 
 def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, monkeypatch, capsys):

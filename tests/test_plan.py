@@ -13,6 +13,7 @@ from helpers import SMALL, batches, outcome, run_main, same_weights, tiny_datase
 import train
 from network import Model
 from runner import Runner, steps_in
+from setup_cifar import load_data
 from support import cli
 from support.files import read_file
 from training import plan as planning
@@ -223,8 +224,26 @@ def test_a_resumed_run_counts_the_time_that_was_used(stop_at, capsys):
     assert abs(places[0] - places[1]) < 0.05 * max(machine.rates)
 
 
+def test_a_run_that_had_no_plan_can_be_resumed_twice():
+    """It knows what a step costs, and not yet what a picture does."""
+    run = SimpleNamespace(config=SimpleNamespace(minutes=2, epochs=1.5))
+    deadline = Deadline(run, 0.0, now=lambda: 1.0)
+    deadline.costs = Costs(0.1, 2.0, 0.0, 1.0)
+    again = Deadline(run, 0.0, now=lambda: 1.0)
+    again.load_state_dict(deadline.state_dict())
+    assert again.costs == deadline.costs
+
+
 @pytest.mark.parametrize(
-    "state", [{"seconds": -1.0}, {"knots": [[1.0]]}, {"knots": [["a", 1.0]]}, {"costs": {"step": 1.0}}, {"planned": 0}]
+    "state",
+    [
+        {"seconds": -1.0},
+        {"knots": [[1.0]]},
+        {"knots": [["a", 1.0]]},
+        {"costs": {"step": 1.0}},
+        {"costs": dict.fromkeys(vars(Costs(1, 1, 1, 1)), 0.0)},
+        {"planned": 0},
+    ],
 )
 def test_a_damaged_state_is_refused(state):
     run = SimpleNamespace(config=SimpleNamespace(minutes=2, epochs=1.5))
@@ -311,6 +330,13 @@ def test_measuring_leaves_random_state_and_data_alone(digits):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(digits.train.images, images)
     assert all(0 < value < 60 for value in vars(costs).values())
+
+
+def test_a_plan_without_validation_images_has_none_to_wait_for(digits):
+    config = cli.parse(train.Config, [*SMALL, "--val_fraction", "0"], train.dependent_defaults, remember=False)
+    config.precision = "fp32"
+    costs = measure(config, load_data("digits", val_fraction=0), torch.device("cpu"), seconds=0.1)
+    assert costs.validation == costs.frame
 
 
 def test_the_age_of_another_program_does_not_count(monkeypatch):

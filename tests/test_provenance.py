@@ -6,8 +6,9 @@ import subprocess
 import types
 
 import pytest
+import torch
 
-from support import report
+from support import cli, report
 from training import callbacks
 from training.callbacks import Clock
 
@@ -57,6 +58,20 @@ def test_processor_and_versions_are_named():
     assert found["versions"]["numpy"] == importlib.metadata.version("numpy") and "torch" in found
     assert isinstance(found["cpu"], str) and found["cpu"]
     assert "not-installed" not in found["versions"]
+
+
+def test_the_accelerator_is_the_one_that_was_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert report.provenance("cpu")["accelerator"] is None
+    assert report.provenance("cuda:1")["accelerator"] == "card 1"
+    assert report.provenance(torch.device("mps"))["accelerator"] == "MPS"
+
+
+@pytest.mark.parametrize(("system", "shown"), [("posix", "'/a b/python' x.py"), ("nt", '"/a b/python" x.py')])
+def test_a_command_to_go_on_with_is_in_the_words_of_the_shell(monkeypatch, system, shown):
+    monkeypatch.setattr(cli.os, "name", system)
+    assert cli.for_shell(["/a b/python", "x.py"]) == shown
 
 
 def test_a_package_that_is_not_installed_is_left_out(monkeypatch):

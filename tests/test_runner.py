@@ -15,7 +15,7 @@ from network import CNN, FeedForward, VisionTransformer
 from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support.files import read_file, write_file
 from training.callbacks import Clock, ProgressBar
-from training.checkpoints import restore_runner, runner_state
+from training.checkpoints import device_random_state, restore_runner, runner_state, set_device_random_state
 from training.optim import OPTIMIZERS, SCHEDULES, Muon, MuonAndAdamW, build_optimizer, build_schedule, orthogonalize
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
@@ -353,6 +353,22 @@ def test_non_finite_batches_can_be_skipped_and_counted():
     assert all(p.isfinite().all() for p in runner.model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_skipped_batch_leaves_nothing_behind(precision):
+    """Not in BatchNorm's statistics, nor in the scaler, which could not go on."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    runner = Runner(model, optimizer, criterion, "cpu", skip_nonfinite=True, precision=precision, verbose=False)
+    images, labels = noise()
+    runner.train_step(images, labels)
+    before = copy.deepcopy(model.state_dict())
+    runner.train_step(images * math.nan, labels)
+    assert runner.skipped == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    runner.train_step(images, labels)
+    assert runner.skipped == 1 and math.isfinite(runner.test([(images, labels)])[0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_non_finite_loss_is_found_on_an_accelerator_too():
     model = FeedForward(48, 8, 3)
@@ -457,6 +473,18 @@ def test_a_checkpoint_of_another_model_is_refused(digits):
 
 
 # --------------------------------------------------------------------------------------------------------- devices
+
+
+def test_the_devices_random_numbers_are_stored_and_come_back(monkeypatch):
+    """There is no such device here: its generator is a list."""
+    state = [torch.arange(5, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", state.append)
+    stored = device_random_state(torch.device("mps"))
+    state.append(torch.zeros(5, dtype=torch.uint8))
+    set_device_random_state(torch.device("mps"), stored)
+    assert torch.equal(state[-1], torch.arange(5, dtype=torch.uint8))
+    assert device_random_state(torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, SMALL, refused, run_main, same_weights, start
+from helpers import ROOT, SMALL, outcome, refused, run_main, same_weights, start
 
 import train
 from images.loader import Dataset
@@ -254,6 +254,13 @@ def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
         run_main("train.py", "--config", tmp_path / "x.json", "--output_dir", tmp_path)
 
 
+def test_what_is_typed_beside_config_is_not_blamed_on_the_file(capfd):
+    stored = str(ROOT / "saved" / "VisionTransformer.json")
+    for flags, words in ((["--lr", "-1"], "lr"), (["--preset", "quick"], "hyperparameters of --preset default")):
+        code, line = outcome("train.py", "--config", stored, *flags)
+        assert code == 2 and words in line and "cannot be used" not in line, line
+
+
 # ------------------------------------------------------------------------------------------- what has no effect
 
 
@@ -268,6 +275,8 @@ def test_config_that_no_flag_could_give_is_one_line(tmp_path, capfd):
         ("--tokenizer conv --no_whiten", "--no_whiten has no effect with --tokenizer conv"),
         ("--fold 0/5 --val_fraction 0.3", "--val_fraction has no effect with --fold"),
         ("--model mlp --pooling cls", "--pooling has no effect on an MLP"),
+        ("--model mlp --momentum 0.5", "--momentum has no effect on an MLP, which has no matrix for Muon"),
+        ("--freeze backbone --momentum 0.5", "--momentum has no effect with --freeze backbone, as Muon has no matrix"),
         ("--tokenizer conv --tokenizer_depth 2 --patience 3 --monitor accuracy", ""),
         ("--model cnn", ""),
         ("", ""),

@@ -352,6 +352,13 @@ def test_files_are_found_by_argument_environment_and_default(cifar, tmp_path, mo
     assert load_data("auto", tmp_path / "argument").name == "cifar10"
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
+def test_a_size_of_images_that_have_their_own_is_refused(cifar, tmp_path, dataset):
+    cifar.write_files(tmp_path)
+    with pytest.raises(DataError, match="img_size 64 is for folders"):
+        load_data(dataset, tmp_path, img_size=64)
+
+
 def test_archive_is_found_and_unpacked_once(cifar, tmp_path):
     cifar.write_archive(tmp_path)
     assert len(load_data("cifar10", tmp_path).train) == 80

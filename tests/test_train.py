@@ -398,6 +398,7 @@ def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
         ("--lr 0.01", 0.01, 0.05),
         ("--optimizer sgd", 0.1, 5e-4),
         ("--optimizer adamw --lr 6e-3", 6e-3, 0.05),  # given, though it is the default
+        ("--preset accurate --optimizer sgd", 0.1, 5e-4),  # the preset's are Muon's
         ("--preset accurate --weight_decay 0.1", 9e-3, 0.1),
         ("--model timm:resnet18", 2e-3, 0.05),
         ("--model timm:resnet18 --pretrained", 5e-4, 0.05),
@@ -406,6 +407,14 @@ def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
 def test_rate_and_decay_are_the_optimisers_unless_they_are_given(flags, lr, weight_decay):
     config = cli.parse(train.Config, flags.split(), train.dependent_defaults)
     assert (config.lr, config.weight_decay) == (lr, weight_decay)
+
+
+def test_what_is_turned_off_can_be_turned_on_again(capsys):
+    assert cli.parse(train.Config, ["--no_test", "--test", "--tensorboard", "--no-tensorboard"]).test
+    assert not cli.parse(train.Config, ["--tensorboard", "--no-tensorboard"]).tensorboard
+    with pytest.raises(SystemExit):
+        cli.parse(train.Config, ["--help"])
+    assert "--no_tensorboard" not in capsys.readouterr().out
 
 
 def test_presets_name_fields_and_are_all_offered():
@@ -592,6 +601,46 @@ def test_ctrl_c_before_training_ends_cleanly_too(tmp_path, capfd):
     assert stop.type is SystemExit
     assert stop.value.code == 130
     assert contents(tmp_path) == {}
+
+
+def test_ctrl_c_while_the_model_is_compiled_leaves_a_checkpoint(tmp_path, capfd):
+    def interrupted(runner, loader):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with mock.patch.object(train, "compile_training", interrupted), pytest.raises(SystemExit) as stop:
+        train_small(tmp_path, "--compile")
+    assert stop.value.code == 130 and "interrupted after step 0; to go on" in capfd.readouterr().out
+    assert (tmp_path / f"saved/{MODEL}.checkpoint").exists()
+    assert (tmp_path / f"saved/{MODEL}.csv").read_text().count("\n") == 1
+    train_small(tmp_path, "--resume")
+    assert (tmp_path / f"saved/{MODEL}.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [["--ema", "0.9"], ["--patience", "2"]])
+def test_what_a_finished_run_cannot_begin_any_more_is_refused_and_its_model_is_kept(tmp_path, capfd, flags):
+    train_small(tmp_path)
+    model, report = ((tmp_path / f"saved/{MODEL}{end}").read_bytes() for end in (".pt", ".json"))
+    with pytest.raises(SystemExit) as stop:
+        train_small(tmp_path, "--resume", "--resume_changed", *flags)
+    assert stop.value.code == 2 and "raise --epochs" in capfd.readouterr().err
+    assert model == (tmp_path / f"saved/{MODEL}.pt").read_bytes()
+    assert report == (tmp_path / f"saved/{MODEL}.json").read_bytes()
+
+
+def test_a_run_killed_after_its_last_epoch_can_end_with_tensorboard_too(tmp_path):
+    pytest.importorskip("tensorboard")
+    with mock.patch.object(Run, "finish", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
+        train_small(tmp_path, "--tensorboard")
+    model = train_small(tmp_path, "--tensorboard", "--resume")
+    assert same_weights(model, train_small(tmp_path / "whole"))
+    assert (tmp_path / f"saved/{MODEL}.json").exists()
+
+
+def test_folds_do_not_depend_on_what_has_no_effect_on_them():
+    def held_out(*flags):
+        return train.load_images(cli.parse(train.Config, ["--dataset", "digits", "--fold", "0/5", *flags])).val.ids
+
+    assert torch.equal(held_out(), held_out("--val_fraction", "0.3"))
 
 
 LONG = [*SMALL, *"--epochs 12 --gif_frames 4 --drop_path 0.2 --output_dir out".split()]

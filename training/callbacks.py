@@ -201,8 +201,12 @@ class WeightAverage:
         self.average = AveragedModel(runner.model, multi_avg_fn=move, use_buffers=True)
         runner.eval_model = self.average.module
 
+    @property
+    def has_begun(self) -> bool:
+        return self.average.n_averaged > 0
+
     def train_start(self, runner: Runner) -> None:
-        if self.average.n_averaged == 0:  # also where a run that had no average is resumed with one
+        if not self.has_begun:  # also where a run that had no average is resumed with one
             self.step_end(runner)  # the first update copies
 
     def step_end(self, runner: Runner) -> None:
@@ -233,13 +237,17 @@ class EarlyStopping:
         self.quantity, self.patience, self.min_improvement, self.on_best = quantity, patience, min_improvement, on_best
         self.epoch, self.best, self.weights = 0, None, None
 
+    @property
+    def has_begun(self) -> bool:
+        return self.weights is not None
+
     def train_start(self, runner: Runner) -> None:
-        if self.weights is not None and runner.epoch - self.epoch >= self.patience:
+        if self.has_begun and runner.epoch - self.epoch >= self.patience:
             runner.stop = True
 
     def epoch_end(self, runner: Runner) -> None:
         value = runner.metrics[f"val_{self.quantity}"][-1]
-        if self.weights is None or self._improvement(value) > self.min_improvement:
+        if not self.has_begun or self._improvement(value) > self.min_improvement:
             self.epoch, self.best = runner.epoch, value
             self.weights = {name: tensor.clone() for name, tensor in runner.eval_model.state_dict().items()}
             self.on_best(runner)

@@ -186,8 +186,23 @@ def runner_state(runner: Runner) -> dict:
         "progress": {name: getattr(runner, name) for name in PROGRESS},
         "totals": runner.totals,
         "random_state": torch.get_rng_state(),
-        "cuda_random_state": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_random_state": device_random_state(runner.device),
     }
+
+
+def device_random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators of all CUDA devices, or of MPS; the CPU's is stored by itself."""
+    if device.type == "mps":
+        return [torch.mps.get_rng_state()]
+    return torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+
+
+def set_device_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Of as many generators as there are; those of another machine's devices are left alone."""
+    if device.type == "mps" and len(states) == 1:
+        torch.mps.set_rng_state(states[0])
+    elif device.type == "cuda" and len(states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states)
 
 
 def restore_runner(runner: Runner, state: dict) -> None:
@@ -216,8 +231,7 @@ def restore_runner(runner: Runner, state: dict) -> None:
         if name in callbacks:
             callback.load_state_dict(callbacks[name])
     torch.set_rng_state(state["random_state"])
-    if len(state["cuda_random_state"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_random_state"])
+    set_device_random_state(runner.device, state["cuda_random_state"])
     runner.model.load_state_dict(state["model"])
     runner.optimizer.load_state_dict(optimizer_state)
     if state["scaler"].keys() == runner.scaler.state_dict().keys():  # else the precision has changed

@@ -26,6 +26,7 @@ class LiveResults:
     def __init__(self, table: Path, curves: Path, title: str):
         self.table, self.curves, self.title = table, curves, title
         self._drawn, self._cost = 0.0, 0.0  # when the curves were drawn, and how long that took
+        self.steps = None  # that are in the table; None before it is begun
 
     def train_start(self, runner: Runner) -> None:
         """What an earlier part of the run wrote after its last checkpoint is written again."""
@@ -47,6 +48,9 @@ class LiveResults:
 
     def append(self, runner: Runner) -> None:
         """Write what is new."""
+        if self.steps is None or not self.table.exists():  # stopped before training, or somebody has taken it away
+            self.train_start(runner)
+            return
         metrics = runner.metrics
         rows = [
             (step, 0, self._epoch(runner, step), step, loss, accuracy, "", "")
@@ -61,9 +65,6 @@ class LiveResults:
             )
         ]
         text = "".join(",".join(map(str, row[2:])) + "\n" for row in sorted(rows, key=lambda row: row[:2]))
-        if not self.table.exists():  # somebody has taken it away
-            self.train_start(runner)
-            return
         try:
             with open(self.table, "a", encoding="utf-8", newline="") as file:
                 file.write(text)
@@ -136,6 +137,7 @@ class TensorBoard:
         except ImportError:
             raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         self.make_writer, self.folder, self.loader, self.classes = SummaryWriter, folder, loader, classes
+        self.writer = None  # not before training goes on
         self.rate = 0.0  # of the last step
         threading.excepthook = self._thread_failed  # TensorBoard writes in a thread of its own
 
@@ -182,7 +184,8 @@ class TensorBoard:
         self.writer.flush()
 
     def state_dict(self) -> dict:
-        self.writer.flush()  # what a checkpoint holds is not written again
+        if self.writer:
+            self.writer.flush()  # what a checkpoint holds is not written again
         return {"rate": self.rate}
 
     def load_state_dict(self, state: dict) -> None:

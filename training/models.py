@@ -5,11 +5,13 @@
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import inspect
 import logging
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,14 +105,20 @@ def import_class(where: str) -> type[nn.Module]:
     cli.own_files.add(str(path))
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # the file may import what lies beside it
+    cls = getattr(_import(path, path.stat().st_mtime_ns), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"--model {where}: {file} has no nn.Module of the name {name!r}")
+    return cls
+
+
+@functools.cache
+def _import(path: Path, _changed: int) -> types.ModuleType:
+    """The file as a module, executed once however often it is asked for."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and the like look themselves up
     spec.loader.exec_module(module)
-    cls = getattr(module, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"--model {where}: {file} has no nn.Module of the name {name!r}")
-    return cls
+    return module
 
 
 class OwnModel(Model):

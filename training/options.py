@@ -32,11 +32,11 @@ class RunOptions:
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
-    test: bool = True  # the test at the end: then the test images are not even loaded, as in runs that one chooses by
+    test: bool = True  # the test at the end, as runs do that one chooses by: the test images are not even loaded
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
-    # of the CPU that compute, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
+    # number of CPU threads, which changes the last digits of the weights; default: all cores, or OMP_NUM_THREADS
     threads: int | None = None
     # auto is bf16 on GPUs and CPUs that compute in it (AMX, AVX-512 BF16), else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -92,14 +92,17 @@ def stored_values(config) -> dict[str, Any]:
         schema.check(stored, {...: schema.PLAIN}, "config")
         values = {name: value for name, value in in_todays_words(stored).items() if name not in own}
         values = cli.checked_values(type(config), values)
-        whole_config = copy.copy(config)
-        vars(whole_config).update({name: value for name, value in values.items() if name not in config.given})
-        check(whole_config)
-        if config.resume and values.get("minutes") != whole_config.minutes and not config.resume_changed:
-            raise ValueError("--minutes changes the epochs of the run: leave it out, or say --resume_changed too")
-        return values
+        as_stored = copy.copy(config)
+        vars(as_stored).update(values)
+        check(as_stored)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+    if "preset" in config.given and config.preset != as_stored.preset:
+        raise ValueError(f"that run has the hyperparameters of --preset {as_stored.preset}: leave --preset out")
+    other_minutes = "minutes" in config.given and values.get("minutes") != config.minutes
+    if config.resume and other_minutes and not config.resume_changed:
+        raise ValueError("--minutes changes the epochs of the run: leave it out, or say --resume_changed too")
+    return values
 
 
 def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +220,14 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
     add("val_fraction", "with --fold", config.fold is not None)
     if data is not None and data.is_folder:
         has_val = (Path(data.source) / "val").is_dir() and not config.fold
-        add("val_fraction split_seed", "on a folder with pictures in val/", has_val)
+        add("val_fraction", "on a folder with pictures in val/", has_val)
+        add("split_seed", "on a folder with pictures in val/", has_val and config.label_fraction == 1)
+    add("momentum", f"on {what}, which has no matrix for Muon", config.optimizer == "muon" and config.model == "mlp")
+    add(
+        "momentum",
+        "with --freeze backbone, as Muon has no matrix",
+        config.optimizer == "muon" and config.freeze != "none",
+    )
     add("resume_changed", "without --resume", not config.resume)
     add("gif_frame_duration", "without a GIF", not config.gif_frames)
     if data is not None:

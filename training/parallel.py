@@ -73,11 +73,12 @@ class OwnNumbers:
 def share_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Have BatchNorm normalise with the images of all processes, as it would in one, in place.
 
-    Kinds of it that a library derives keep the statistics of each process's own images.
+    Kinds of it that a library derives keep the statistics of each process's own images, as do those without weights,
+    momentum or running statistics.
     """
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) is not nn.BatchNorm2d:
+            if type(child) is not nn.BatchNorm2d or not child.affine or None in (child.momentum, child.running_mean):
                 continue
             if device.type == "cuda":
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

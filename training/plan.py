@@ -144,7 +144,7 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
             precision=config.precision,
             grad_accum=config.grad_accum,
         )
-        val_loader = data.loader("val", 500, device)
+        val_loader = data.loader("val" if len(data.val) else "train", 500, device)  # for pictures alone, of the latter
 
         def train() -> None:  # one batch after another, epoch after epoch, until the time is over
             nonlocal count
@@ -186,7 +186,7 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
             frame = min(frame, clock() - began)
     test = testing["fp32"] * len(data.test) / 500
     finish = test + frame * (PICTURES + GIF_PART * config.gif_frames) + 0.5  # half a second in which Python ends
-    return Costs(step, validation * len(val_loader) + frame, frame, finish)
+    return Costs(step, validation * math.ceil(len(data.val) / 500) + frame, frame, finish)
 
 
 # --------------------------------------------------------------------------------------------------- the plan
@@ -379,10 +379,12 @@ class Deadline:
         return {"seconds": self.elapsed(), "planned": self.planned, "knots": self.knots, "costs": costs}
 
     def load_state_dict(self, state: dict) -> None:
-        table = {"seconds": schema.NOT_NEGATIVE, "planned": schema.POSITIVE, "costs": {...: schema.POSITIVE}}
+        table = {"seconds": schema.NOT_NEGATIVE, "planned": schema.POSITIVE, "costs": {...: schema.NOT_NEGATIVE}}
         schema.check(state, {**table, "knots": [[schema.NOT_NEGATIVE]]}, "Deadline")
         if state["costs"] and state["costs"].keys() != {field.name for field in dataclasses.fields(Costs)}:
             raise ValueError("Deadline has other costs than a plan's")
+        if state["costs"] and not state["costs"]["step"]:
+            raise ValueError("Deadline has steps that take no time")
         if any(len(knot) != 2 for knot in state["knots"]):
             raise ValueError("Deadline has places in the schedule that are no pairs")
         self.used, self.planned, self.knots = state["seconds"], state["planned"], state["knots"]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shlex
 import shutil
 import signal
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from support import cli, distributed, schema
 from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
 from support.report import code_version, provenance, read_json, write_json
-from training.callbacks import Clock, EarlyStopping, ProgressBar
+from training.callbacks import Clock, EarlyStopping, ProgressBar, WeightAverage
 from training.checkpoints import Checkpoints, nothing_to_resume, read_checkpoint
 from training.live import Frames, LiveResults, TensorBoard
 from training.options import hyperparameters, name_of, same_hyperparameters
@@ -185,7 +184,7 @@ class Run:
             print(
                 f"an interrupted run had the name {paths.name}\nand is now called {name} in {folder}; to go on with it:"
             )
-            print(shlex.join([*self.launcher(), "--resume", "--name", name]))
+            print(cli.for_shell([*self.launcher(), "--resume", "--name", name]))
         if paths.model.exists() or paths.report.exists():
             try:
                 report = read_json(paths.report, schema.STORED_RUN)
@@ -236,7 +235,7 @@ class Run:
             self.live.append(runner)
             self.checkpoints.write(runner)
         distributed.barrier()
-        command = shlex.join([*self.launcher(), "--resume", "--name", self.paths.name])
+        command = cli.for_shell([*self.launcher(), "--resume", "--name", self.paths.name])
         self.progress.close()
         print(f"\ninterrupted after step {runner.step}; to go on: {command}")
         raise SystemExit(128 + number)
@@ -244,6 +243,9 @@ class Run:
     def finish(self, runner: Runner, test_loader: Iterable) -> None:
         """Test once, if that is asked for, then write the model, its report and the pictures."""
         config, epoch = self.config, runner.epoch
+        for callback in runner.callbacks:
+            if isinstance(callback, EarlyStopping | WeightAverage) and not callback.has_begun:
+                raise ValueError("--ema, --patience and --monitor need an epoch of training: raise --epochs")
         for stopping in [callback for callback in runner.callbacks if isinstance(callback, EarlyStopping)]:
             epoch = stopping.epoch
             by = f" by more than {config.min_improvement}" if config.min_improvement else ""
@@ -277,7 +279,7 @@ class Run:
         report = {
             "results": results,
             "config": dataclasses.asdict(config),
-            "provenance": provenance(),
+            "provenance": provenance(self.device),
             **self.data.marks,
             "metrics": runner.metrics,
             "val_seconds": self.clock.val_seconds,  # spent in training until each validation
@@ -302,7 +304,8 @@ class Run:
         paths, config = self.paths, self.config
         utils.draw_curves(runner.metrics, paths.curves, self.title)
         written = [paths.curves]
-        if any(paths.frames.glob("frame_*.png")):  # none are left of a run that had finished and now went on
+        # none are left of a run that had finished and now went on
+        if config.gif_frames and any(paths.frames.glob("frame_*.png")):
             frames, duration = max(2, config.gif_frames), config.gif_frame_duration
             utils.write_to_gif(paths.frames, paths.gif, duration, frames, keep_frames=True)
             written.append(paths.gif)
