@@ -62,7 +62,7 @@ class Config:
     figures_dir: str | None = None  # where the table goes, as JSON; default: --output_dir, else the project's figures/
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     images: int = 1000  # on so many test images the exported files must agree with the model
-    latency: bool = True  # milliseconds at batch 1 and 128: --no_latency leaves them out
+    latency: bool = True  # milliseconds at batch 1 and 128
     repeats: int = 50  # timed turns of each
     threads: int = 1  # of torch and of ONNX Runtime
 

@@ -81,7 +81,7 @@ CONSTANTS = {
         r"two of 14 operations",
         r"times? the learning rate",
         r"gives each layer 0\.75",
-        r"whitened: 0\.01\b",
+        r"magnified: 0\.01\b",
         r"stages: 64, 128, 256\b",
         r"study.md: Adam at 5e-4",
         r"had 3 heads and 10 blocks",
@@ -97,7 +97,7 @@ CONSTANTS = {
     "tolerances of tests/test_distributed.py": [
         r"scaling.md: \|( [15]e-[345] \|)+",
         r"\(SGD at 0\.01\)",
-        r"at a rate of 0\.05",
+        r"[Aa]t a rate of 0\.05",
     ],
     "limits and exit codes, as the code has them": [
         r"\b[Ee]xit codes? (is )?\d+( or \d+)?",

@@ -7,6 +7,7 @@ reports of train.py that it rests on by their path, and `provenance`, that of th
 
 import dataclasses
 import functools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ HEADLINES = {
 
 
 def find_runs(root: Path, *names: str) -> dict[str, dict]:
-    """The reports of these runs, by path: `saved/studies/vit_seed*` is all of that pattern whose star is a number."""
+    """The reports of these runs, by path: `studies/quick_seed*` is all of that pattern whose star is a number."""
     found = {}
     for name in names:
         pattern = re.compile(re.escape(Path(name).name).replace(r"\*", r"\d+"))
@@ -126,12 +127,6 @@ def headline(root: Path) -> dict:
     }
 
 
-def committed(root: Path) -> dict:
-    """The rows of the two models that are committed."""
-    rows = {key: of_runs(find_runs(root, *HEADLINES[key][2])) for key in ("vit", "cnn")}
-    return {**rows, "runs": {name: run for row in rows.values() for name, run in row["runs"].items()}}
-
-
 def yardsticks(root: Path) -> dict:
     """What others report, and ours among it, from the least accurate to the most."""
     rows = read_json(Path(__file__).with_name("yardsticks.json"))["rows"]
@@ -145,8 +140,10 @@ def yardsticks(root: Path) -> dict:
 
 
 def first_run(root: Path) -> dict:
-    """What train.py printed of the committed model's epochs, as far as it is stored, and its sizes."""
-    run = find_runs(root, "VisionTransformer")["saved/VisionTransformer.json"]
+    """What train.py printed of the epochs of the default's first run, and its sizes. `committed`: whether the committed
+    model is that run."""
+    run = next(iter(find_runs(root, *HEADLINES["vit"][2]).values()))
+    saved = find_runs(root, "VisionTransformer")["saved/VisionTransformer.json"]
     epochs = epochs_of(run)
     falls = epochs[-1]["val_loss"] <= 1.01 * min(epoch["val_loss"] for epoch in epochs)
     return {
@@ -155,13 +152,14 @@ def first_run(root: Path) -> dict:
         "falls_to_the_end": falls,
         "results": run["results"],
         "config": run["config"],
+        "committed": saved["results"]["test_accuracy"] == run["results"]["test_accuracy"],
         "runs": {},
     }
 
 
 def epochs_of(run: dict) -> list[dict]:
     """Of each epoch: accuracy and loss of the training images as they were met, and of the validation images; images a
-    second, and seconds of training that were left."""
+    second, and seconds of training that were left, as far as one knew."""
     metrics, seconds = run["metrics"], run["val_seconds"]
     ends, steps = metrics["val_step"], metrics["train_step"]
     size, rows = run["config"]["batch_size"], []
@@ -171,7 +169,7 @@ def epochs_of(run: dict) -> list[dict]:
         met = [size * (steps[i] - max(start, steps[i - 1] if i else 0)) for i in entries]
         met[-1] -= max(0, size * (end - start) - TRAINING)  # the epoch's last batch is smaller
         row = {"number": number + 1, "rate": TRAINING / (seconds[number] - (seconds[number - 1] if number else 0))}
-        row |= {"left": seconds[-1] - seconds[number]}
+        row |= {"left": seconds[number] / (number + 1) * (len(ends) - number - 1)}
         for what in ("accuracy", "loss"):
             row[f"train_{what}"] = float(np.average([metrics[f"train_{what}"][i] for i in entries], weights=met))
             row[f"val_{what}"] = metrics[f"val_{what}"][number]
@@ -242,6 +240,8 @@ def crossval(root: Path) -> dict:
     return {
         **stored,
         "each": stored["val_accuracy"]["each"],
+        "deviation": stored["val_accuracy"]["std"],
+        "chance": math.sqrt(stored["val_accuracy"]["mean"] * (1 - stored["val_accuracy"]["mean"]) / IMAGES),
         "epochs": trained_by(stored)["epochs"],
         "runs": {"crossval": stored},
     }

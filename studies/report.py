@@ -29,7 +29,6 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
     topic.__name__: topic
     for topic in (
         facts.headline,
-        facts.committed,
         facts.yardsticks,
         facts.first_run,
         study_facts.study,

@@ -45,7 +45,7 @@ class StudyOptions:
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str | None = None  # the folder that saved/studies/ and figures/ are in; default: the project's
     jobs: int = 1  # trainings at a time; the cores are shared out among them
-    train: bool = True  # train what is not stored yet; --no_train draws what is stored and trains nothing
+    train: bool = True  # training of what is not stored yet
 
     @property
     def saved(self) -> Path:

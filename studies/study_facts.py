@@ -34,10 +34,14 @@ def study(root: Path) -> dict:
     patches = {
         recipe: [rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes] for recipe, rows in recipes.items()
     }
-    with_cls = [(row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit")]
+    with_cls = [
+        (row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit") and row["plain"]
+    ]
     return {
         **recipes,
         "epochs": stored["epochs"],
+        "n": len(stored["rows"][0]["seeds"]),
+        "missing": stored["missing"],
         "groups": groups,
         "others": sum(len(rows) for rows in groups["plain"].values()),
         "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),

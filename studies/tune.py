@@ -76,7 +76,7 @@ class Config(runs.StudyOptions):
     seeds: int = 3  # runs of each when the search is complete, with seeds 1, 2, ...; 0: none
     compare: tuple[int, ...] = ()  # numbers of further trials to compare with the default
     full_epochs: int | None = None  # of these runs; default: train.py's
-    report: bool = True  # comparison, table and pictures; other machines that share the search can do without
+    report: bool = True  # comparison, table and pictures, which one of the machines that share a search writes
 
     @property
     def name(self) -> str:

@@ -215,7 +215,6 @@ def test_extending_is_true_word_for_word(copy):
         extra = ["--images", "20", "--no_latency"] if script == "export" else []
         if script == "train":
             extra = [*(SMALL[2:] if "stripes" in args else SMALL), "--num_blocks", "1"]
-            extra += ["--name", "MyNet"] if "my_model.py:MyNet" in args else []
         runs.append((script, [*args, *extra]))
     assert len(runs) > 10
     drive(copy, runs, DRIVER + OBJECTS)
