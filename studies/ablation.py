@@ -10,6 +10,7 @@ than 5 appears in these names. What counts is the accuracy on the validation ima
 recipes are chosen here. Writes figures/ablation.md, .json and .png, always of all runs of that length that are stored.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,7 +71,8 @@ def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
         runs.require_positive(config, "epochs")
-        failed = runs.train_missing(plan(config), config) if config.train else []
+        everything = plan(dataclasses.replace(config, only=tuple(ROWS)))
+        failed = runs.train_missing(plan(config), config, beside=everything) if config.train else []
         table = summarise(config)
         prefix = config.figures / config.name
         picture = prefix.with_suffix(".png")

@@ -94,8 +94,8 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
     """What each part returns, by its name. It is stored when the part is done, and not measured again by a later call
     with the same settings; Ctrl-C says what is stored."""
     path = partial_path(config, name)
-    machine = {key: value for key, value in provenance().items() if key in ("torch", "machine", "threads")}
-    settings, done = {"repeats": config.repeats, **machine}, {}
+    machine = ("torch", "machine", "cpu", "instruction_sets", "threads")
+    settings, done = {"repeats": config.repeats, **{name: provenance()[name] for name in machine}}, {}
     if path.exists():
         found = read_json(path, schema.BENCHMARK_PARTS, "; delete it and measure again")
         done = found["parts"] if found["settings"] == settings else {}
@@ -278,10 +278,8 @@ def time_to_accuracy(config: Config) -> dict:
     print(f"Training until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)")
     for seed in range(config.seeds):
         for contender, rows in reached.items():
-            path = config.figures / f"time_to_accuracy_{contender}_{seed}.json"
-            if path.exists():
-                history = read_json(path, schema.HISTORY, "; delete it and run again")["history"]
-            else:
+            history = stored_history(config.figures / f"time_to_accuracy_{contender}_{seed}.json", config)
+            if history is None:
                 with told_when_stopped(lambda: f"{len(table)} of {2 * config.seeds} runs in {config.figures}"):
                     history = run_contender(config, contender, seed)
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
@@ -294,6 +292,17 @@ def time_to_accuracy(config: Config) -> dict:
         ratios[clock] = statistics.median(seconds["reference"]) / statistics.median(seconds["quick"])
         print(f"\nratio of medians, {clock.replace('_', ' ')}: {ratios[clock]:.1f}")
     return {"reached": reached, "ratios": ratios}
+
+
+def stored_history(path: Path, config: Config) -> list[dict] | None:
+    """That of a run with as many threads that came to the target, or would have stopped no earlier; else None."""
+    if not path.exists():
+        return None
+    stored = read_json(path, schema.HISTORY, "; delete it and run again")
+    settings = {"threads": config.threads, "stop_at": TARGET} | stored.get("config", {})
+    reached = max(row["val_accuracy"] for row in stored["history"]) > TARGET
+    alike = settings["threads"] == config.threads and (reached or settings["stop_at"] >= TARGET)
+    return stored["history"] if alike else None
 
 
 def compare_whole_runs(config: Config, part: float = 0.25, turns: int = 3) -> dict:

@@ -44,6 +44,8 @@ def main(args: list[str] | None = None) -> None:
             config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size, test=False
         )
         data.fold(0, config.folds, config.split_seed)  # refuses now what no run could do
+        if config.dataset == "auto":
+            vars(config).update(vars(train.with_defaults(config, dataset=data.name)))
         model = config.model.removeprefix("timm:").rpartition(":")[2]
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
         options = runs.StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)

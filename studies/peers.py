@@ -147,6 +147,8 @@ def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None, pa
         raise ValueError(f"unknown contender {contender!r}: choose reference, {', '.join(PRESETS)} or cct_2")
     criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
     runner = Runner(model, optimizer, criterion, "cpu", schedule, precision=precision, callbacks=[history])
+    if part:
+        history.started = history.now()  # else setting up would count once for each part
     runner.train(WithProgress(train_loader, f"{contender}, seed {seed}"), val_loader, part or epochs)
     return history.rows
 

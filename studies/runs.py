@@ -71,18 +71,25 @@ def require_positive(config: StudyOptions, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def train_missing(runs: Runs, options: StudyOptions) -> list[str]:
+def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None) -> list[str]:
     """Train each run that is not stored, one that was interrupted from where it was; returns the names of those that
     failed.
+
+    Args:
+        beside: runs that are not asked for, and stand in the same table where they are stored.
 
     Raises:
         ValueError: a stored run was trained with other hyperparameters than its flags say.
     """
     missing = {}
+    for name, flags in (beside or {}).items():
+        if name not in runs and (options.saved / f"{name}.json").exists():
+            require_same_hyperparameters(name, flags, options)
     for name, flags in runs.items():
         if (options.saved / f"{name}.json").exists():
             require_same_hyperparameters(name, flags, options)
             continue
+        (options.saved / f"{name}.npz").unlink(missing_ok=True)  # answers of a model that is no more
         missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]
         missing[name] += ["--output_dir", options.output_dir] if options.output_dir else []
         missing[name] += ["--gif_frames", "0"]
@@ -98,7 +105,9 @@ def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -
     parsed = cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False)
     config = dataclasses.asdict(parsed)
     stored = in_todays_words(read_report(name, options)["config"])
-    free = {*OWN, "preset", *without_effect(parsed)}
+    free = {*OWN, "preset", *without_effect(parsed), *(["epochs"] if parsed.minutes else [])}
+    if "batch_size" not in parsed.given and stored.get("batch_size", parsed.batch_size) < parsed.batch_size:
+        free.add("batch_size")  # there were fewer images
     different = [
         f"{key} {stored[key]!r} and not {value!r}"
         for key, value in config.items()

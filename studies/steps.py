@@ -43,10 +43,16 @@ def our_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optim
     return lambda: runner.train_step(images, labels)
 
 
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each step, measured in turns: of one thread those of the processor, which other work on the machine
-    hardly changes, of several those by the clock."""
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def take_turns(
+    steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 3, now: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each step, measured in turns.
+
+    Args:
+        now: gives the time; default: of one thread that of the processor, which other work on the machine hardly
+            changes, of several that of the clock.
+    """
+    now = now or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     seconds = {name: [] for name in steps}
     for repeat in tqdm(range(warmup + repeats), desc="taking turns"):
         for name, step in steps.items():

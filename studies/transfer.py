@@ -80,8 +80,10 @@ def plan(config: Config) -> tuple[runs.Runs, list[dict]]:
         sources[first] = f"{common} --classes {source} --epochs {config.epochs}"
         from_first = f"--init_from {(config.saved / first).as_posix()}.pt"
         starts = {"scratch": "", "transfer": from_first, "frozen": f"{from_first} --freeze backbone"}
-        for fraction in sorted(config.fractions):
-            images = len(data.part_of_labels(fraction).train)
+        counts = {len(data.part_of_labels(fraction).train): fraction for fraction in sorted(config.fractions)}
+        if len(counts) < len(config.fractions):
+            raise ValueError(f"fractions {config.fractions}: two of them are the same number of images")
+        for images, fraction in counts.items():
             epochs, batch_size = effort(config.epochs, fraction, images)
             for start, flags in starts.items():
                 name = f"transfer_{config.dataset}_{start}_{100 * fraction:g}percent_seed{seed}"

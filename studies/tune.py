@@ -46,7 +46,7 @@ from studies.tune_search import (
 from studies.tune_space import SPACES, default_params, flags_of, usual
 from support import cli
 from support.files import ROOT
-from support.significance import paired_t
+from support.significance import holm, paired_t, verdict
 
 WORKER = "STUDIES_TUNE_WORKER"  # set in the environment of the processes that --jobs starts
 SHOWN = 8  # rows of the table
@@ -255,7 +255,7 @@ def planned_comparison(config: Config, trials: list[FrozenTrial], best: FrozenTr
 
 def read_comparison(config: Config, wanted: dict[str, list]) -> list[dict]:
     """Of the default and each trial that is compared with it the validation accuracy by seed, as far as it is stored;
-    of the trials how much that is above the default's, and how sure."""
+    of the trials how much that is above the default's, and how sure: `p_holm` is corrected for several trials."""
     found = []
     for what, named in wanted.items():
         row = {"what": what, "command": "", "minutes": 0.0, "val_accuracy": {}}
@@ -274,6 +274,9 @@ def read_comparison(config: Config, wanted: dict[str, list]) -> list[dict]:
         seeds = [seed for seed in row["val_accuracy"] if seed in base]
         if seeds:
             row |= paired_t([row["val_accuracy"][seed] for seed in seeds], [base[seed] for seed in seeds])
+    tested = [row for row in found if row.get("p") is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"] = p
     return found
 
 
@@ -342,8 +345,9 @@ def in_words(name: str, row: dict) -> str:
     if row["interval"] is None:
         return f"{points}, with one seed."
     low, high = (100 * end for end in row["interval"])
-    verdict = "it is better" if low > 0 else "it is worse" if high < 0 else "no difference is shown"
-    return f"{points} (95 % interval {low:+.1f} to {high:+.1f}, paired t): {verdict}."
+    words = {"above": "it is better", "below": "it is worse"}
+    said = words.get(verdict(row["interval"], row["p_holm"]), "no difference is shown")
+    return f"{points} (95 % interval {low:+.1f} to {high:+.1f}, paired t; Holm's p {row['p_holm']:.2g}): {said}."
 
 
 if __name__ == "__main__":

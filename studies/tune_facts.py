@@ -64,7 +64,8 @@ def compared(comparison: list[dict]) -> list[dict]:
             "val": float(np.mean(list(row["val_accuracy"].values()))),
             "difference": row.get("difference"),
             "interval": row.get("interval"),
-            "verdict": verdict(row["interval"], row["p"]) if row.get("interval") else None,
+            "p": row.get("p_holm"),
+            "verdict": verdict(row["interval"], row["p_holm"]) if row.get("interval") else None,
         }
         for row in comparison
     ]

@@ -119,6 +119,22 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
         run_main("studies.benchmark", "--contender", "nobody", "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "best", "taken"),
+    [
+        ({}, 0.5, True),  # earlier versions did not store them
+        ({"threads": 1, "stop_at": 0.4}, 0.7, True),
+        ({"threads": 1, "stop_at": 0.4}, 0.5, False),
+        ({"threads": 1, "stop_at": 1.0}, 0.5, True),
+        ({"threads": 2, "stop_at": 1.0}, 0.7, False),
+    ],
+)
+def test_a_history_is_taken_if_it_says_when_the_target_was_reached(tmp_path, settings, best, taken):
+    path, row = tmp_path / "x.json", {"epoch": 1, "val_accuracy": best, "wall_seconds": 1.0, "cpu_seconds": 1.0}
+    path.write_text(json.dumps({"history": [row], **({"config": settings} if settings else {})}), encoding="utf-8")
+    assert (benchmark.stored_history(path, benchmark.Config()) is not None) == taken
+
+
 def test_whole_runs_are_the_epochs_times_the_median_of_their_parts(tmp_path, monkeypatch, capsys):
     seconds = {"reference": iter([9.0, 2.0, 1.0]), "accurate": iter([4.0, 1.0, 3.0])}
     monkeypatch.setattr(benchmark, "time_run", lambda name, *args: [{"cpu_seconds": next(seconds[name])}])

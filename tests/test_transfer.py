@@ -161,7 +161,12 @@ def test_fewer_images_get_more_epochs_and_smaller_batches(images, fraction, expe
     assert transfer.effort(20, fraction, images) == expected
 
 
-@pytest.mark.parametrize("flags", ["--fractions 0", "--fractions 2", "--epochs 0", "--seeds 0", "--dataset mnist"])
+EQUAL = "--dataset digits --fractions 0.001 0.005"  # an image of each class
+
+
+@pytest.mark.parametrize(
+    "flags", ["--fractions 0", "--fractions 2", "--epochs 0", "--seeds 0", "--dataset mnist", EQUAL]
+)
 def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 import train
 from network import VisionTransformer
-from studies import tune_search
+from studies import tune, tune_search
 from studies.tune_space import SPACES, default_params, flags_of
 from support.model import num_parameters
 from support.report import read_json
@@ -105,6 +105,12 @@ def test_paired_differences_and_their_interval():
     assert found["p"] == pytest.approx(0.0742, abs=1e-4)
     assert paired_t([0.7], [0.6])["interval"] is None
     assert paired_t([0.7, 0.8], [0.6, 0.7])["interval"] == pytest.approx([0.1, 0.1])
+
+
+def test_of_several_trials_a_difference_is_called_one_by_the_corrected_p():
+    row = {"difference": -0.019, "interval": [-0.033, -0.006], "p": 0.026, "p_holm": 0.052}
+    assert tune.in_words("trial 3", row).endswith("Holm's p 0.052): no difference is shown.")
+    assert tune.in_words("trial 3", {**row, "p_holm": 0.026}).endswith("it is worse.")
 
 
 # -------------------------------------------------------------------------------------------- what a trial is fed
