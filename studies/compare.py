@@ -12,6 +12,7 @@ that was interrupted goes on. Writes figures/model_comparison.md and .json and t
 runs that are stored, and says which are missing.
 """
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -36,10 +37,10 @@ from training.models import count_flops
 from training.trained import load_model, predict, test_loader
 
 LARGEST = 256 << 20  # bytes that a run's answers may unpack to; those of CIFAR-100 take 2 MB
-RECIPES = {  # name -> flags to train.py; default: as it was when the study began, so that all its runs are alike
+RECIPES = {  # name -> flags to train.py
     "plain": "--optimizer adam --lr 5e-4 --schedule constant --warmup 0 --augment none --label_smoothing 0 "
     "--weight_decay 0 --pooling cls --no_whiten --precision fp32",
-    "default": "--lr 8e-3 --weight_decay 0.1 --no_whiten --precision fp32",
+    "default": "",
 }
 MODELS = {  # seeds: of each, where --seeds does not say
     "cnn": Row("CNN", "--model cnn", 3),
@@ -60,9 +61,7 @@ class Config(runs.StudyOptions):
 
     # what is trained
     only: tuple[Literal[tuple(MODELS)], ...] = tuple(MODELS)  # models to train
-    recipe: Literal["both", "plain", "default"] = (
-        "both"  # plain: Adam, nothing else; default: train.py's before whitening
-    )
+    recipe: Literal["both", "plain", "default"] = "both"  # plain: Adam and nothing else; default: train.py's
     seeds: int | None = None  # runs of each model; default: 3, and 1 of vit_patch2
     epochs: int = 20  # of each run
 
@@ -75,7 +74,8 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         runs.require_positive(config, "seeds", "epochs")
         find_reports(config)  # now rather than after hours of training: they may be of another number of epochs
-        failed = runs.train_missing(plan(config), config) if config.train else []
+        everything = plan(dataclasses.replace(config, only=tuple(MODELS), recipe="both", seeds=10))
+        failed = runs.train_missing(plan(config), config, beside=everything) if config.train else []
         found = load_runs(config)
         titles = {(recipe, model): MODELS[model].title for recipe in RECIPES for model in MODELS}
         study = comparison.summarise(found, titles, config.epochs)
@@ -163,7 +163,8 @@ def load_answers(name: str, report: dict, config: Config) -> dict[str, np.ndarra
         store_answers(name, config)
     answers = read_answers(path)
     # other devices round otherwise
-    if abs(answers["correct"].mean() - report["results"]["test_accuracy"]) > 0.002:
+    allowed = max(0.002, 2 / len(answers["correct"]))
+    if abs(answers["correct"].mean() - report["results"]["test_accuracy"]) > allowed:
         raise CheckpointError(f"{path} is of another model than {name}.json: delete it and the model is tested again")
     return answers
 

@@ -151,10 +151,16 @@ def compare(runs: list[Run], reference: list[Run]) -> dict:
     """One model against another, the CNN say.
 
     With several runs the paired bootstrap is of their means, image by image. McNemar's test knows only right and wrong:
-    it is made of each pair of runs, first with first and so on, and the largest p value counts.
+    it is made of each pair of runs with the same seed, and the largest p value counts.
+
+    Raises:
+        ValueError: no two runs have the same seed.
     """
     right, reference_right = (np.mean([run.correct for run in members], axis=0) for members in (runs, reference))
-    matched = list(zip(runs, reference, strict=False))
+    others = {run.seed: run for run in reference}
+    matched = [(run, others[run.seed]) for run in runs if run.seed in others]
+    if not matched:
+        raise ValueError(f"no run of {runs[0].title} has the seed of a run of {reference[0].title}: train both so")
     by_seed = [float(run.correct.mean() - other.correct.mean()) for run, other in matched]
     p_values = [mcnemar_p(run.correct, other.correct) for run, other in matched]
     parameters, reference_parameters = (members[0].report["results"]["parameters"] for members in (runs, reference))

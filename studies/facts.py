@@ -34,12 +34,12 @@ IMAGES = 10_000  # that CIFAR-10 has for testing
 
 # the rows of the main table: key -> title, flags to train.py, the reports' names below saved/ (a star for several)
 HEADLINES = {
-    "vit": ("Vision Transformer", "", ("VisionTransformer", "studies/vit_seed*")),
+    "vit": ("Vision Transformer", "", ("studies/study_default_vit_patch4_seed*",)),
     "accurate": ("ViT behind convolutions, wide", "--preset accurate", ("studies/accurate_seed*",)),
     "small": ("ViT behind convolutions, narrow", "--preset small", ("studies/small_seed*",)),
     "quick": ("small ViT, for seconds", "--preset quick", ("studies/quick_seed*",)),
-    "resnet20": ("ResNet-20", "--model resnet20", ("studies/resnet20_seed*",)),
-    "cnn": ("CNN", "--model cnn", ("CNN", "studies/cnn_seed*")),
+    "resnet20": ("ResNet-20", "--model resnet20", ("studies/study_default_resnet20_seed*",)),
+    "cnn": ("CNN", "--model cnn", ("studies/study_default_cnn_seed*",)),
 }
 
 
@@ -80,6 +80,7 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
     return {
         "runs": runs,
         "names": [Path(name).stem for name in runs],
+        "seeds": [run["config"].get("seed") for run in runs.values()],
         "n": len(runs),
         "parameters": results[0]["parameters"],
         "epochs": first["config"]["epochs"],
@@ -114,6 +115,8 @@ def headline(root: Path) -> dict:
     rows = list(found.values())
     runs = {name: run for row in rows for name, run in row["runs"].items()}
     resnet, vit = found["resnet20"], found["vit"]
+    by_seed = [dict(zip(row["seeds"], row["test"], strict=True)) for row in (resnet, vit)]
+    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
     return {
         **found,
         "rows": rows,
@@ -121,7 +124,7 @@ def headline(root: Path) -> dict:
         "where": sorted({machine_of(r["provenance"]) for r in runs.values()}),
         # of the test images, seed by seed
         "resnet_minus_vit": {
-            **paired_t(resnet["test"], vit["test"]),
+            **paired_t(*([accuracies[seed] for seed in seeds] for accuracies in by_seed)),
             "parameters": vit["parameters"] / resnet["parameters"],
         },
     }

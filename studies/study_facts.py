@@ -30,9 +30,10 @@ def study(root: Path) -> dict:
         }
         for recipe, rows in recipes.items()
     }
-    sizes = [2, 4, 6, 8]
+    sizes = {recipe: [size for size in (2, 4, 6, 8) if f"vit_patch{size}" in rows] for recipe, rows in recipes.items()}
     patches = {
-        recipe: [rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes] for recipe, rows in recipes.items()
+        recipe: {size: rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes[recipe]}
+        for recipe, rows in recipes.items()
     }
     with_cls = [
         (row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit") and row["plain"]
@@ -46,10 +47,10 @@ def study(root: Path) -> dict:
         "others": sum(len(rows) for rows in groups["plain"].values()),
         "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),
         "sizes": sizes,
-        "patches": patches,
+        "patches": {recipe: list(accuracies.values()) for recipe, accuracies in patches.items()},
         "gains": {
             "cnn": recipes["default"]["cnn"]["test_accuracy"] - recipes["plain"]["cnn"]["test_accuracy"],
-            "vits": [after - before for before, after in zip(patches["plain"], patches["default"], strict=True)],
+            "vits": [after - patches["plain"][size] for size, after in patches["default"].items()],
         },
         "cls": {name: [a[name] - b[name] for a, b in with_cls] for name in ("parameters", "flops")},
         "models": models,
@@ -58,7 +59,7 @@ def study(root: Path) -> dict:
         "equal_parameters": [at_equal_parameters(row) for row in stored["equal_parameters"]],
         "equal_time": equal_time(root),
         "cnn_val": of_runs(find_runs(root, "studies/study_default_cnn_seed*"))["val"],
-        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes},
+        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes if 2 in sizes[recipe]},
         "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
         "provenance": stored["provenance"],
     }

@@ -19,7 +19,7 @@ import pytest
 import scipy.stats
 import torch
 from filelock import FileLock
-from helpers import run_main, start
+from helpers import outcome, run_main, start
 from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -114,7 +114,7 @@ def test_recipes_are_what_they_are_called(finished):
         flags = {word for word in report["provenance"]["command"].split() if word.startswith("--")}
         free = {"--model"} if model == "cnn" else {"--patch_size"}
         own = {"--dataset", "--epochs", "--seed", "--name", "--output_dir", "--gif_frames"}
-        assert flags - free == own | {"--lr", "--weight_decay", "--no_whiten", "--precision"}  # as they were before
+        assert flags - free == own  # and nothing of the recipe
         assert report["config"]["model"] == model
 
 
@@ -218,7 +218,17 @@ def test_a_training_that_fails_is_named_and_the_rest_is_drawn(finished, tmp_path
 
 
 def made_up(
-    folder, recipe, model, seed=0, correct=None, images=300, epochs=3, seconds=60.0, accuracies=None, **changes
+    folder,
+    recipe,
+    model,
+    seed=0,
+    correct=None,
+    images=300,
+    epochs=3,
+    seconds=60.0,
+    accuracies=None,
+    settings=None,
+    **changes,
 ):
     """Files of a run on CIFAR-10 such as train.py and compare.py store them."""
     labels = np.arange(images) % 3
@@ -234,7 +244,7 @@ def made_up(
             "training_seconds": seconds,
         }
         | changes,
-        "config": {"epochs": epochs, "seed": seed},
+        "config": {"epochs": epochs, "seed": seed, **(settings or {})},
         "provenance": {"machine": "Linux x86_64, 2 cores", "threads": 1, "accelerator": None, "torch": "2.13.0"},
         "metrics": {
             "train_loss": [1.0] * 99,
@@ -274,6 +284,35 @@ def test_rows_average_seeds_and_keep_the_two_kinds_of_chance_apart(tmp_path):
     assert difference["mcnemar_p"][0] == difference["p"] == 1  # right on as many images, only others
     table = even((tmp_path / "figures/model_comparison.md").read_text(encoding="utf-8"))
     assert "| CNN | plain | 3 | 25,578 | 10.0 | 20 | 1.000 | **60.0 %** | 54.4 to 65.4 | 10.00 | 67.0 |" in table
+
+
+def test_runs_are_compared_with_those_of_their_seed(tmp_path):
+    for seed, right in enumerate((150, 180, 210)):
+        made_up(tmp_path, "plain", "cnn", seed, correct=np.arange(300) < right)
+    for seed in (0, 2):
+        made_up(tmp_path, "plain", "mlp", seed, correct=np.arange(300) < 150)
+    difference = drawn(tmp_path)["differences"][0]
+    assert difference["by_seed"] == pytest.approx([0, -0.2])  # 150 minus 150 and 210
+    for seed in (0, 2):
+        (tmp_path / f"saved/studies/study_plain_cnn_seed{seed}.json").unlink()
+    code, line = outcome("studies.compare", "--no-train", "--epochs", "3", "--output_dir", str(tmp_path))
+    assert code == 2 and "no run of MLP has the seed of a run of CNN" in line
+
+
+def test_what_is_trained_does_not_stand_beside_runs_of_another_recipe(tmp_path):
+    made_up(tmp_path, "default", "cnn", epochs=3, settings={"lr": 0.5, "momentum": 0.95, "whiten": True})
+    flags = ["--only", "mlp", "--recipe", "default", "--epochs", "3", "--output_dir", str(tmp_path)]
+    code, line = outcome("studies.compare", *flags)
+    assert code == 2 and "was trained with lr 0.5 and not 0.006" in line
+
+
+def test_answers_of_a_model_that_is_trained_anew_are_not_kept(tmp_path):
+    path = made_up(tmp_path, "plain", "cnn")
+    path.with_suffix(".json").unlink()
+    config = compare.Config(only=("cnn",), recipe="plain", seeds=1, epochs=3, output_dir=str(tmp_path))
+    with mock.patch.object(runs, "run_all", lambda found, config: []):
+        runs.train_missing(compare.plan(config), config)
+    assert not path.with_suffix(".npz").exists()
 
 
 def test_identical_models_and_one_that_is_always_wrong(tmp_path):

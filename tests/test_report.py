@@ -66,7 +66,7 @@ def test_pages_and_notebooks_say_what_is_stored(capsys):
 
 
 def test_another_result_makes_pages_wrong(copy, capsys):
-    path = copy / "saved" / "studies" / "vit_seed1.json"
+    path = copy / "saved" / "studies" / "study_default_vit_patch4_seed1.json"
     stored = read_json(path)
     stored["results"]["test_accuracy"] -= 0.05
     write_json(path, stored)
@@ -153,12 +153,12 @@ def test_every_page_names_the_stale_reports_it_rests_on(copy, capsys):
             if found & {run.split("/")[-1] for run in report.TOPICS[topic](copy)["runs"]}:
                 assert sentences, (name, topic)
     old = copy / "docs" / "templates" / "results.md"
-    path = copy / "saved" / "studies" / "vit_seed2.json"
+    path = copy / "saved" / "studies" / "study_default_vit_patch4_seed2.json"
     stored = read_json(path)
     stored["config"]["lr"] = 0.123
     write_json(path, stored)
     text = report.without_marks(report.render(copy, "results.md")[0])
-    assert re.search(r"`vit_seed2`[^\n]* made with earlier", text)
+    assert re.search(r"`study_default_vit_patch4_seed2`[^\n]* made with earlier", text)
     change(old, "{{ headline.earlier }}", "")
     _, faults = report.render(copy, "results.md")
     assert faults == ["rests on stale reports and does not say so: put {{ headline.earlier }} where they are used"]
@@ -186,14 +186,16 @@ def test_a_report_is_stale_where_todays_defaults_differ_and_not_where_the_machin
 
 
 def test_a_stale_report_comes_with_what_makes_it_anew(copy, capsys):
-    path = copy / "saved" / "studies" / "cnn_seed2.json"
+    path = copy / "saved" / "studies" / "study_default_cnn_seed2.json"
     stored = read_json(path)
     stored["config"]["warmup"] = 0.5
     write_json(path, stored)
     report.main(["--stale", "--root", str(copy)])
     lines = capsys.readouterr().out.splitlines()
-    place = lines.index("saved/studies/cnn_seed2.json: warmup 0.5, now 0.1")
-    assert lines[place + 1] == "  python train.py --model cnn --seed 2 --gif_frames 0 --name studies/cnn_seed2"
+    place = lines.index("saved/studies/study_default_cnn_seed2.json: warmup 0.5, now 0.1")
+    name = "studies/study_default_cnn_seed2"
+    flags = f"--model cnn --dataset cifar10 --epochs 20 --seed 2 --gif_frames 0 --name {name}"
+    assert lines[place + 1] == f"  python train.py {flags}"
     command = "python train.py --preset quick --seed 2 --gif_frames 0 --name a --resume --threads 1 --output_dir ."
     again = stale.command_of("saved/studies/a.json", made_by(command))
     assert again == "python train.py --preset quick --seed 2 --gif_frames 0 --name studies/a"
