@@ -94,8 +94,9 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
     """What each part returns, by its name. It is stored when the part is done, and not measured again by a later call
     with the same settings; Ctrl-C says what is stored."""
     path = partial_path(config, name)
-    machine = ("torch", "machine", "cpu", "instruction_sets", "threads")
-    settings, done = {"repeats": config.repeats, **{name: provenance()[name] for name in machine}}, {}
+    wanted = ("torch", "machine", "cpu", "instruction_sets", "threads")
+    machine = {key: value for key, value in provenance().items() if key in wanted}
+    settings, done = {"repeats": config.repeats, **machine}, {}
     if path.exists():
         found = read_json(path, schema.BENCHMARK_PARTS, "; delete it and measure again")
         done = found["parts"] if found["settings"] == settings else {}

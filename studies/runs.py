@@ -82,12 +82,12 @@ def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None)
         ValueError: a stored run was trained with other hyperparameters than its flags say.
     """
     missing = {}
-    for name, flags in (beside or {}).items():
-        if name not in runs and (options.saved / f"{name}.json").exists():
-            require_same_hyperparameters(name, flags, options)
+    together = {**(beside or {}), **runs}
+    stored = {name: flags for name, flags in together.items() if (options.saved / f"{name}.json").exists()}
+    for name, flags in stored.items():
+        require_same_hyperparameters(name, flags, options)
     for name, flags in runs.items():
-        if (options.saved / f"{name}.json").exists():
-            require_same_hyperparameters(name, flags, options)
+        if name in stored:
             continue
         (options.saved / f"{name}.npz").unlink(missing_ok=True)  # answers of a model that is no more
         missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]

@@ -30,9 +30,8 @@ def study(root: Path) -> dict:
         }
         for recipe, rows in recipes.items()
     }
-    sizes = {recipe: [size for size in (2, 4, 6, 8) if f"vit_patch{size}" in rows] for recipe, rows in recipes.items()}
     patches = {
-        recipe: {size: rows[f"vit_patch{size}"]["test_accuracy"] for size in sizes[recipe]}
+        recipe: {size: rows[key]["test_accuracy"] for size in (2, 4, 6, 8) if (key := f"vit_patch{size}") in rows}
         for recipe, rows in recipes.items()
     }
     with_cls = [
@@ -46,7 +45,7 @@ def study(root: Path) -> dict:
         "groups": groups,
         "others": sum(len(rows) for rows in groups["plain"].values()),
         "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),
-        "sizes": sizes,
+        "sizes": {recipe: list(accuracies) for recipe, accuracies in patches.items()},
         "patches": {recipe: list(accuracies.values()) for recipe, accuracies in patches.items()},
         "gains": {
             "cnn": recipes["default"]["cnn"]["test_accuracy"] - recipes["plain"]["cnn"]["test_accuracy"],
@@ -59,7 +58,7 @@ def study(root: Path) -> dict:
         "equal_parameters": [at_equal_parameters(row) for row in stored["equal_parameters"]],
         "equal_time": equal_time(root),
         "cnn_val": of_runs(find_runs(root, "studies/study_default_cnn_seed*"))["val"],
-        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes if 2 in sizes[recipe]},
+        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes if 2 in patches[recipe]},
         "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
         "provenance": stored["provenance"],
     }

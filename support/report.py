@@ -158,7 +158,6 @@ def provenance(device: str | torch.device = "cpu") -> dict:
     Args:
         device: on which it was computed.
     """
-    device = torch.device(device)
     return {
         "command": shlex.join(["python", *cli.command()]),
         "date": datetime.date.today().isoformat(),
@@ -171,12 +170,15 @@ def provenance(device: str | torch.device = "cpu") -> dict:
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
-        "accelerator": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else None
-        if device.type == "cpu"
-        else device.type.upper(),
+        "accelerator": accelerator(torch.device(device)),
     }
+
+
+def accelerator(device: torch.device) -> str | None:
+    """The name of a CUDA card, or MPS; None of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return None if device.type == "cpu" else device.type.upper()
 
 
 @functools.cache
