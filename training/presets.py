@@ -4,13 +4,13 @@ PRESETS = {
     "default": {},
     # above 60 % after part of an epoch
     "quick": {
-        "epochs": 0.6,
+        "epochs": 0.5,
         "tokenizer": "whitened",
         "patch_size": 8,
         "num_blocks": 1,
         "mlp_ratio": 2.0,
         "batch_size": 64,
-        "lr": 8e-3,
+        "lr": 1e-2,
         "weight_decay": 0.1,
         "label_smoothing": 0.0,
     },
