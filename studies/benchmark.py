@@ -1,19 +1,21 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
     python -m studies.benchmark                      # training step, pipeline, and how cost grows: under ten minutes
-    python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute
+    python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute, or ten if nothing
     python -m studies.benchmark --augmentation       # what each augmentation costs: five minutes
     python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
     python -m studies.benchmark --whole_runs         # the reference's whole training, and accurate's: six minutes
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
-medians, as ratios. Tables are printed and stored as JSON under figures/. What is stopped keeps the parts that are done:
+medians, as ratios. Tables are printed and stored as JSON under figures/, those that depend on the instruction sets of
+the processor once for each kind of it. What is stopped keeps the parts that are done:
 the same command goes on from there. Needs requirements-dev.txt.
 """
 
 import contextlib
 import dataclasses
 import math
+import re
 import statistics
 import sys
 from collections import deque
@@ -23,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import train
 from images.augment import NAMES, import_torchvision
 from network import VisionTransformer
-from runner import has_bf16
-from studies.cost import GROWTH, measure_growth, summarise_cost
+from runner import choose_precision, has_bf16
+from studies.cost import GROWTH, cost_in_a_process, measure_growth, summarise_cost
 from studies.peers import REFERENCE_EPOCHS, ReferenceViT, time_run, train_cct_2
 from studies.steps import our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
@@ -77,16 +80,20 @@ def main(args: list[str] | None = None) -> None:
         elif config.whole_runs:
             store(config, "whole_runs", compare_whole_runs(config))
         elif config.precision:
-            store(config, "precision", compare_precisions(config))
+            store(config, f"precision_{kind_of_processor()}", compare_precisions(config))
         elif config.augmentation:
             store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
         else:
-            parts = {"step": lambda: compare_steps(config), "pipeline": compare_pipeline}
+            parts = {
+                "step": lambda: compare_steps(config),
+                "memory": lambda: compare_memory(config),
+                "pipeline": compare_pipeline,
+            }
             parts |= {name: lambda name=name: measure_growth(name, config.threads) for name in GROWTH}
             results = run_parts(config, "benchmark", parts)
             rows = [row for name in GROWTH for row in results.pop(name)]
-            cost = summarise_cost(rows, config.figures / "cost.png")
-            store(config, "benchmark", {**results, "cost": cost})
+            store(config, "cost", summarise_cost(rows, config.figures / "cost.png"))
+            store(config, f"benchmark_{kind_of_processor()}", results)
             partial_path(config, "benchmark").unlink()
 
 
@@ -124,6 +131,11 @@ def partial_path(config: Config, name: str) -> Path:
     return config.figures / f"{name}.json.part"
 
 
+def kind_of_processor() -> str:
+    """By the last of the instruction sets that matter here: "avx2", "avx_512_bf16"."""
+    return re.sub(r"\W", "_", (["other"] + provenance()["instruction_sets"])[-1].lower())
+
+
 def store(config: Config, name: str, results: dict) -> None:
     path = config.figures / f"{name}.json"
     write_json(path, {**results, "provenance": provenance()})
@@ -134,7 +146,8 @@ def store(config: Config, name: str, results: dict) -> None:
 
 
 def compare_steps(config: Config) -> dict:
-    """A training step of batch 128 at hidden 64, 4 heads, 4 blocks, patch 4, in fp32; with MLP ratio 4 in bf16 too."""
+    """A training step of batch 128 at hidden 64, 4 heads, 4 blocks, patch 4, in fp32; with MLP ratio 4 also in bf16 if
+    the processor computes in it."""
     import_torchvision()  # timm needs it
     from timm.models import VisionTransformer as TimmViT
     from vit_pytorch import ViT as PytorchViT
@@ -164,23 +177,27 @@ def compare_steps(config: Config) -> dict:
         "cct_2 of vit-pytorch": plain(cct_2(img_size=32, num_classes=10, n_conv_layers=2, kernel_size=3)),
         "ours, convolutional tokenizer, MLP ratio 2": ours(tokenizer="conv", pooling="mean", mlp_ratio=2.0),
         "product": lambda: left @ right,
-        "product, bf16": lambda: low_left @ low_right,
     }
-    wide = {"timm": (TimmViT, timm_sizes), "vit-pytorch": (PytorchViT, lucid_sizes)}
-    for name, (kind, sizes) in wide.items():
-        steps[f"{name}, MLP ratio 4, bf16"] = plain(kind(**sizes), precision="bf16")
-    for pooling, name in (("cls", "CLS"), ("mean", "mean")):
-        steps[f"ours, MLP ratio 4, {name}, bf16"] = ours(pooling=pooling, precision="bf16")
+    peers = {"timm": (TimmViT, timm_sizes), "vit-pytorch": (PytorchViT, lucid_sizes)}
+    precisions = ["fp32"]
+    if has_bf16(torch.device("cpu")):  # elsewhere a step in bf16 takes seconds
+        precisions.append("bf16")
+        steps["product, bf16"] = lambda: low_left @ low_right
+        for name, (kind, sizes) in peers.items():
+            steps[f"{name}, MLP ratio 4, bf16"] = plain(kind(**sizes), precision="bf16")
+        for pooling, name in (("cls", "CLS"), ("mean", "mean")):
+            steps[f"ours, MLP ratio 4, {name}, bf16"] = ours(pooling=pooling, precision="bf16")
     medians = {name: statistics.median(values) for name, values in take_turns(steps, config.repeats).items()}
     flops = count_flops(plain(VisionTransformer(pooling="mean"), torch.optim.SGD))
-    rates = {"fp32": 2 * 2048**3 / medians.pop("product"), "bf16": 2 * 2048**3 / medians.pop("product, bf16")}
-    shares = {"fp32": flops / medians["ours, MLP ratio 4, mean"] / rates["fp32"]}
-    shares["bf16"] = flops / medians["ours, MLP ratio 4, mean, bf16"] / rates["bf16"]
-    ratios = {}
-    for peer in ("reference, MLP ratio 1", *(f"{name}, MLP ratio 4" for name in wide)):
+    rates, shares, ratios = {}, {}, {}
+    for precision in precisions:
+        tail = "" if precision == "fp32" else ", bf16"
+        rates[precision] = 2 * 2048**3 / medians.pop(f"product{tail}")
+        shares[precision] = flops / medians[f"ours, MLP ratio 4, mean{tail}"] / rates[precision]
+    for peer in ("reference, MLP ratio 1", *(f"{name}, MLP ratio 4" for name in peers)):
         for mine in (f"ours, {peer.split(', ')[1]}, {pooling}" for pooling in ("CLS", "mean")):
             ratios[f"{peer} / {mine}"] = medians[peer] / medians[mine]
-            if "ratio 4" in peer:
+            if "ratio 4" in peer and "bf16" in precisions:
                 ratios[f"{peer} / {mine}, bf16"] = medians[peer] / medians[f"{mine}, bf16"]
                 ratios[f"{peer}, bf16 / {mine}, bf16"] = medians[f"{peer}, bf16"] / medians[f"{mine}, bf16"]
     print(f"\nTraining step, batch 128, {config.threads} thread(s), {config.repeats} turns")
@@ -191,6 +208,25 @@ def compare_steps(config: Config) -> dict:
     for name, share in shares.items():
         print(f"{name}: {share:.2f} of {rates[name] / 1e9:.0f} GFLOP/s")
     return {"medians": medians, "ratios": ratios, "flops_per_second_of_products": rates, "shares_of_that_rate": shares}
+
+
+def compare_memory(config: Config) -> dict:
+    """Seconds and MB of the default's step as train.py takes it, which keeps freed memory, and as PyTorch does it by
+    itself: in processes of their own, in turns."""
+    precision = choose_precision("auto", torch.device("cpu"))
+    rows = {"kept": [], "given back": []}
+    for _ in tqdm(range(5), desc="memory kept and given back, turns"):
+        for name, costs in rows.items():
+            options = {"batch_size": 128, "precision": precision, "keep_memory": name == "kept"}
+            costs.append(cost_in_a_process(options, config.threads))
+    medians = {
+        name: {key: statistics.median(cost[key] for cost in costs) for key in costs[0]} for name, costs in rows.items()
+    }
+    print(f"\nThe default's step in {precision}, its memory kept for the next one or given back to the system")
+    print_table([{"memory": name, **row} for name, row in medians.items()], "memory seconds:.3f memory_mb:.0f")
+    ratio = medians["given back"]["seconds"] / medians["kept"]["seconds"]
+    print(f"\nratio: {ratio:.2f}")
+    return {"precision": precision, **medians, "ratio": ratio}
 
 
 def compare_precisions(config: Config) -> dict:
@@ -205,11 +241,12 @@ def compare_precisions(config: Config) -> dict:
             steps[f"{preset}, {precision}"] = lambda runner=runner, x=images, y=labels: runner.train_step(x, y)
             if preset == "default":
                 steps[f"Muon and AdamW of the default, gradients in {precision}"] = runner.optimizer.step
-    medians = {name: statistics.median(s) for name, s in take_turns(steps, config.repeats).items()}
+    auto = choose_precision("auto", torch.device("cpu"))
+    repeats = config.repeats if auto == "bf16" else 3  # where nothing computes in bf16, it takes seconds
+    medians = {name: statistics.median(s) for name, s in take_turns(steps, repeats).items()}
     ratios = {preset: medians[f"{preset}, fp32"] / medians[f"{preset}, bf16"] for preset in PRESETS}
-    auto = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
     share = medians[f"Muon and AdamW of the default, gradients in {auto}"] / medians[f"default, {auto}"]
-    print(f"\nA training step of each preset, {config.threads} thread(s), {config.repeats} turns; auto is {auto} here")
+    print(f"\nA training step of each preset, {config.threads} thread(s), {repeats} turns; auto is {auto} here")
     print_table([{"step": name, "ms": 1e3 * s} for name, s in medians.items()], "step ms:.1f")
     print_table(
         [{"preset": name, "bf16_over_fp32": ratio} for name, ratio in ratios.items()], "preset bf16_over_fp32:.2f"

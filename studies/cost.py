@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import utils
 from network import VisionTransformer
+from runner import keep_freed_memory
 from studies.steps import our_step, print_table, take_turns
 from support import cli
 
@@ -85,10 +86,17 @@ def cost_in_a_process(options: dict, threads: int = 1) -> dict:
 def cost_of_one(options: dict, threads: int) -> dict:
     """Median seconds of a step, and the peak resident memory above what the process needed before it.
 
-    `options` are the batch size and the ViT's arguments.
+    `options` are the batch size and the ViT's arguments, the precision, and whether freed memory is kept, as train.py
+    does.
     """
     torch.set_num_threads(threads)
-    batch_size, img_size = options.pop("batch_size"), options.get("img_size", 32)
+    if options.pop("keep_memory", True):
+        keep_freed_memory()
+    batch_size, img_size, precision = (
+        options.pop("batch_size"),
+        options.get("img_size", 32),
+        options.pop("precision", "fp32"),
+    )
     images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
     process, done, sizes = psutil.Process(), threading.Event(), []
 
@@ -97,7 +105,7 @@ def cost_of_one(options: dict, threads: int) -> dict:
             sizes.append(process.memory_info().rss)
 
     before = process.memory_info().rss
-    step = our_step(VisionTransformer(pooling="mean", **options), images, labels)
+    step = our_step(VisionTransformer(pooling="mean", **options), images, labels, precision=precision)
     seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
     watcher = threading.Thread(target=watch)  # only now: it takes time of the processor too
     watcher.start()

@@ -43,6 +43,7 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
         facts.export,
         facts.fuzzing,
         speed_facts.benchmark,
+        speed_facts.cost,
         speed_facts.time_to_accuracy,
         speed_facts.precision,
         speed_facts.augmentation,

@@ -24,33 +24,44 @@ def machine_words(provenance: dict) -> str:
 
 
 def benchmark(root: Path) -> dict:
-    """A training step: rows of the table, ratios, and the rest of figures/benchmark.json."""
-    stored = read_figures(root, "benchmark")
+    """A training step on each kind of processor on which it was measured: figures/benchmark_*.json."""
+    kinds = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("benchmark_*.json"))]
+    rows = [row for stored in kinds for row in step_rows(stored)]
+    kept = [
+        {"where": machine_words(stored["provenance"]), **stored["memory"]} for stored in kinds if "memory" in stored
+    ]
+    pipelines = [stored["pipeline"]["ratio"] for stored in kinds]
+    return {"rows": rows, "kept": kept, "pipelines": pipelines, "runs": {}}
+
+
+def step_rows(stored: dict) -> list[dict]:
+    """One for each precision: ours in ms, and how many times as long the others take, each (CLS token, mean)."""
     medians, rows = stored["step"]["medians"], []
-    for ratio, precision, peers in ((1, "fp32", ["reference"]), (4, "fp32", PEERS), (4, "bf16", PEERS)):
-        ending = f", MLP ratio {ratio}"
-        tail = "" if precision == "fp32" else ", bf16"
-        cls, mean = (medians[f"ours{ending}, {pooling}{tail}"] for pooling in ("CLS", "mean"))
-        for peer in peers:
-            seconds = medians[f"{peer}{ending}{tail}"]
-            rows.append({"name": peer, "precision": precision, "ratio": ratio, "ours": False, "seconds": seconds})
-            rows[-1] |= {"over_cls": seconds / cls, "over_mean": seconds / mean}
-        rows.append({"precision": precision, "ratio": ratio, "ours": True, "cls": cls, "mean": mean})
-    exponents = {name.replace(" ~ ", "_of_"): value for name, value in stored["cost"]["exponents"].items()}
-    ratios = stored["step"]["ratios"]
-    return {
-        "rows": rows,
-        "low_over_timm": {
-            name: ratios[f"timm, MLP ratio 4 / ours, MLP ratio 4, {name}, bf16"] for name in ("CLS", "mean")
-        },
-        "rates": stored["step"]["flops_per_second_of_products"],
-        "shares": stored["step"]["shares_of_that_rate"],
-        "pipeline": stored["pipeline"],
-        "exponents": exponents,
-        "where": machine_words(stored["provenance"]),
-        "provenance": stored["provenance"],
-        "runs": {},
-    }
+    reference, *small = ("reference, MLP ratio 1", "ours, MLP ratio 1, CLS", "ours, MLP ratio 1, mean")
+    for precision, rate in stored["step"]["flops_per_second_of_products"].items():
+        tail = "" if precision == "fp32" else f", {precision}"
+        peers = {peer: f"{peer}, MLP ratio 4{tail}" for peer in PEERS}
+        mine = [medians[f"ours, MLP ratio 4, {pooling}{tail}"] for pooling in ("CLS", "mean")]
+        rows.append(
+            {
+                "where": machine_words(stored["provenance"]),
+                "precision": precision,
+                "ms": [1000 * seconds for seconds in mine],
+                "reference": None if tail else [medians[reference] / medians[name] for name in small],
+                **{peer.replace("-", "_"): [medians[name] / s for s in mine] for peer, name in peers.items()},
+                "rate": rate,
+                "share": stored["step"]["shares_of_that_rate"][precision],
+                "over_timm_fp32": [medians["timm, MLP ratio 4"] / seconds for seconds in mine] if tail else None,
+            }
+        )
+    return rows
+
+
+def cost(root: Path) -> dict:
+    """How a step's time and memory grow: the exponents of figures/cost.json."""
+    stored = read_figures(root, "cost")
+    exponents = {name.replace(" ~ ", "_of_"): value for name, value in stored["exponents"].items()}
+    return {"exponents": exponents, "where": machine_words(stored["provenance"]), "runs": {}}
 
 
 def seconds_to(root: Path, name: str, target: float) -> float:
@@ -95,8 +106,10 @@ def time_to_accuracy(root: Path) -> dict:
 
 
 def precision(root: Path) -> dict:
-    stored = read_figures(root, "precision")
-    return {**stored, "where": machine_words(stored["provenance"]), "runs": {}}
+    """What bf16 gives on each kind of processor: figures/precision_*.json."""
+    stored = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("precision_*.json"))]
+    kinds = [{**kind, "where": machine_words(kind["provenance"])} for kind in stored]
+    return {"kinds": kinds, "shares": [kind["share_of_optimizer"] for kind in kinds], "runs": {}}
 
 
 def augmentation(root: Path) -> dict:
@@ -104,7 +117,7 @@ def augmentation(root: Path) -> dict:
     stored = read_figures(root, "augmentation_cost")
     rates = stored["images_per_second"]
     rows = {name: {**row, "cost": 1 - row["epoch"] / rates["none"]["epoch"]} for name, row in rates.items()}
-    return {"rows": rows, "provenance": stored["provenance"], "runs": {}}
+    return {"rows": rows, "where": machine_words(stored["provenance"]), "provenance": stored["provenance"], "runs": {}}
 
 
 def scaling(root: Path) -> dict:

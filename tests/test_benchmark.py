@@ -9,7 +9,7 @@ from helpers import batches, run_main
 from torch import nn
 
 from runner import Runner
-from studies import benchmark, peers
+from studies import benchmark, peers, speed_facts
 from training.presets import PRESETS
 
 
@@ -77,22 +77,25 @@ def test_what_is_stopped_goes_on_from_the_parts_that_are_done(tmp_path, monkeypa
 
     GROWTH = benchmark.GROWTH
     monkeypatch.setattr(benchmark, "compare_steps", part("step", {"medians": {}}))
+    monkeypatch.setattr(benchmark, "compare_memory", part("memory", {"ratio": 1.2}))
     monkeypatch.setattr(benchmark, "compare_pipeline", part("pipeline", {"ratio": 1.0}))
+    monkeypatch.setattr(benchmark, "kind_of_processor", lambda: "avx2")
     monkeypatch.setattr(benchmark, "measure_growth", growth)
     with pytest.raises(SystemExit) as stop:
         run_main("studies.benchmark", "--output_dir", tmp_path)
     error = capsys.readouterr().err
-    assert stop.value.code == 130 and "stored: step, pipeline, patch_size in" in error and "goes on" in error
-    assert not (tmp_path / "benchmark.json").exists()
+    assert stop.value.code == 130 and "stored: step, memory, pipeline, patch_size in" in error and "goes on" in error
+    assert not list(tmp_path.glob("*.json"))
     measured.clear()
     stop_at = None
     run_main("studies.benchmark", "--output_dir", tmp_path)
     assert measured == ["hidden_size", "num_blocks", "batch_size"]
-    results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    assert results["pipeline"] == {"ratio": 1.0} and len(results["cost"]["rows"]) == 14
-    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "cost.png"}
+    results = json.loads((tmp_path / "benchmark_avx2.json").read_text(encoding="utf-8"))
+    assert results["pipeline"] == {"ratio": 1.0} and results["memory"] == {"ratio": 1.2}
+    assert len(json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["rows"]) == 14
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark_avx2.json", "cost.json", "cost.png"}
     run_main("studies.benchmark", "--output_dir", tmp_path)  # begins anew: nothing is half done
-    assert measured[3:5] == ["step", "pipeline"]
+    assert measured[3:6] == ["step", "memory", "pipeline"]
 
 
 def test_parts_of_other_settings_are_measured_again(tmp_path):
@@ -155,8 +158,34 @@ def test_each_preset_is_timed_in_both_precisions(tmp_path, monkeypatch, capsys):
     turns = {}
     monkeypatch.setattr(benchmark, "take_turns", lambda steps, _: turns.update(steps) or dict.fromkeys(steps, [0.2]))
     run_main("studies.benchmark", "--precision", "--repeats", 1, "--output_dir", tmp_path)
-    stored = json.loads((tmp_path / "precision.json").read_text(encoding="utf-8"))
+    (path,) = tmp_path.glob("precision_*.json")
+    stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["speed_of_bf16_over_fp32"] == {"default": 1.0, "quick": 1.0} and stored["share_of_optimizer"] == 1.0
     assert len(stored["medians"]) == 6 and stored["auto"] in ("fp32", "bf16")
     assert "| quick, bf16 " in capsys.readouterr().out
     turns["quick, fp32"](), turns["quick, bf16"]()
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_steps_are_timed_in_bf16_only_where_the_processor_computes_in_it(tmp_path, monkeypatch, low):
+    monkeypatch.setattr(benchmark, "has_bf16", lambda _: low)
+    monkeypatch.setattr(benchmark, "take_turns", lambda steps, _: {name: [len(name) / 10] for name in steps})
+    monkeypatch.setattr(benchmark, "count_flops", lambda _: 1e9)
+    step = benchmark.compare_steps(benchmark.Config())
+    assert any("bf16" in name for name in step["medians"]) == low
+    rows = speed_facts.step_rows({"step": step, "provenance": benchmark.provenance()})
+    assert [row["precision"] for row in rows] == (["fp32", "bf16"] if low else ["fp32"])
+    assert rows[0]["timm"] == pytest.approx([len("timm, MLP ratio 4") / len("ours, MLP ratio 4, CLS")] * 2, rel=0.05)
+    assert rows[0]["reference"] and not any(row["reference"] for row in rows[1:])
+
+
+def test_what_memory_costs_is_measured_in_turns(monkeypatch):
+    asked = []
+
+    def cost(options, threads):
+        asked.append(options["keep_memory"])
+        return {"seconds": 1.0 if options["keep_memory"] else 1.5, "memory_mb": 100.0}
+
+    monkeypatch.setattr(benchmark, "cost_in_a_process", cost)
+    found = benchmark.compare_memory(benchmark.Config())
+    assert asked == [True, False] * 5 and found["ratio"] == 1.5

@@ -2,10 +2,12 @@ import dataclasses
 import json
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -830,3 +832,30 @@ def test_the_lines_of_the_users_document_run_as_written(tmp_path, monkeypatch):
     assert names["accuracy"] == 1.0  # four images in twenty epochs
     assert names["attention_weights"].shape == (4, 4, 4, 65, 65)
     assert (tmp_path / "animation.gif").exists()
+
+
+MEMORY = """
+import resource, sys, torch, train
+
+def fetched_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16, 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = fetched_pages()
+train.main(sys.argv[1:])
+fetched_pages()
+print("pages:", before, fetched_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory in their own ways")
+def test_memory_of_one_step_is_kept_for_the_next(tmp_path):
+    arguments = ["--dataset", "digits", *SMALL, "--device", "cpu", "--output_dir", tmp_path]
+    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=train.__file__.rpartition(os.sep)[0]
+    )
+    before, after = map(int, output.stdout.rpartition("pages:")[2].split())
+    assert after < before / 10

@@ -14,7 +14,7 @@ import torch
 import utils
 from images.loader import Dataset, ImageLoader, agree
 from network import MODELS, VisionTransformer
-from runner import NonFiniteLoss, Runner, choose_device, choose_precision
+from runner import NonFiniteLoss, Runner, choose_device, choose_precision, keep_freed_memory
 from support import cli, distributed, schema
 from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
@@ -53,6 +53,8 @@ class Run:
                 if not 1 <= self.config.threads <= 1024:
                     raise ValueError(f"threads {self.config.threads} must be from 1 to 1024")
                 torch.set_num_threads(self.config.threads)
+            if self.device.type == "cpu":
+                keep_freed_memory()
             self.share = {"rank": distributed.rank(), "world_size": distributed.world_size()}  # of each batch
             self.first = distributed.rank() == 0  # of several processes it alone writes
             self._contexts = contexts.pop_all()
