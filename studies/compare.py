@@ -24,7 +24,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from runner import choose_device
@@ -207,14 +206,12 @@ def checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 def store_answers(name: str, config: Config) -> None:
-    """Write saved/studies/<name>.npz: what the model says of each test image."""
+    """Write saved/studies/<name>.npz: which test images the model classifies correctly."""
     device = choose_device()
     model = load_model(config.saved / f"{name}.pt", device)
     logits, labels = predict(model, test_loader(model, config.data_dir, 500, device))
     answers = {
         "correct": (logits.argmax(dim=1) == labels).numpy(),
-        "loss": F.cross_entropy(logits, labels, reduction="none").half().numpy(),
-        "probabilities": logits.softmax(dim=1).half().numpy(),
         "labels": labels.byte().numpy(),
         "classes": np.array(model.metadata["classes"]),
         "flops": np.array(forward_flops(model, model.image_size)),
