@@ -242,8 +242,9 @@ class MultiHeadAttention(nn.Module):
     """Self-attention (Vaswani et al. 2017) with one fused projection and heads of width `hidden_size / num_heads`.
 
     `(batch, tokens, hidden_size)` -> the same; with `return_attention` also the attention weights after the softmax,
-    `(batch, heads, tokens, tokens)`, whose last axis (the tokens looked at) sums to 1. Without biases: summing their
-    gradients over all tokens took a tenth of a training step and gained nothing.
+    `(batch, heads, tokens, tokens)`, whose last axis (the tokens looked at) sums to 1. With `first_alone` only the
+    first token looks at all, `(batch, 1, hidden_size)`. Without biases: summing their gradients over all tokens took a
+    tenth of a training step and gained nothing.
     """
 
     def __init__(self, hidden_size: int = 64, num_heads: int = 4):
@@ -255,28 +256,30 @@ class MultiHeadAttention(nn.Module):
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, return_attention: bool = False):
+    def forward(self, x: torch.Tensor, return_attention: bool = False, first_alone: bool = False):
         batch, tokens, hidden_size = x.shape
         head_size = hidden_size // self.num_heads
         query, key, value = (
             part.view(batch, tokens, self.num_heads, head_size).transpose(1, 2)  # (batch, heads, tokens, head_size)
             for part in self.query_key_value(x).split(hidden_size, dim=-1)
         )
+        if first_alone:
+            query = query[:, :, :1]
         # on a CPU the fused kernel's backward pass is slow in bf16
         if return_attention or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
             attention = (query * head_size**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
             x = attention @ value
         else:
             x = F.scaled_dot_product_attention(query, key, value)
-        x = self.output(x.transpose(1, 2).reshape(batch, tokens, hidden_size))
+        x = self.output(x.transpose(1, 2).flatten(2))
         return (x, attention) if return_attention else x
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)) with GELU; `(batch, tokens, hidden_size)` kept.
 
-    `drop_path` is the probability that an image skips a residual branch in training (stochastic depth, Huang et al.
-    2016).
+    With `first_alone` only the first token comes out, `(batch, 1, hidden_size)`. `drop_path` is the probability that an
+    image skips a residual branch in training (stochastic depth, Huang et al. 2016).
     """
 
     def __init__(self, hidden_size: int = 64, num_heads: int = 4, mlp_ratio: float = 4.0, drop_path: float = 0.0):
@@ -293,11 +296,12 @@ class TransformerBlock(nn.Module):
             nn.Linear(hidden_size, mlp_size, bias=False), nn.GELU(), nn.Linear(mlp_size, hidden_size, bias=False)
         )
 
-    def forward(self, x: torch.Tensor, return_attention: bool = False):
+    def forward(self, x: torch.Tensor, return_attention: bool = False, first_alone: bool = False):
+        change = self.attention(self.norm1(x), return_attention, first_alone)
         if return_attention:
-            change, attention = self.attention(self.norm1(x), return_attention=True)
-        else:
-            change = self.attention(self.norm1(x))
+            change, attention = change
+        if first_alone:
+            x = x[:, :1]
         x = x + self._drop(change)
         x = x + self._drop(self.mlp(self.norm2(x)))
         return (x, attention) if return_attention else x
@@ -371,7 +375,9 @@ class VisionTransformer(Model):
         x = self.embedding(images)
         attention_weights = []
         for block in self.blocks:
-            x = block(x, return_attention)
+            # of the last block's tokens nothing but the CLS token is read
+            cls_alone = self.pooling == "cls" and block is self.blocks[-1] and not return_attention
+            x = block(x, return_attention, cls_alone)
             if return_attention:
                 x, attention = x
                 attention_weights.append(attention)

@@ -116,7 +116,8 @@ def test_heat_maps_are_images_in_0_to_1(images, kind):
         heat = method(images)
         assert heat.shape == (3, 32, 32) and heat.dtype == torch.float32 and not heat.requires_grad, name
         assert heat.min() >= 0 and (heat.amax(dim=(1, 2)) - 1).abs().max() < 1e-5, name
-        assert not heat[:, covered:].any() and not heat[:, :, covered:].any(), name
+        uncovered = [heat[:, covered:].sum(), heat[:, :, covered:].sum()]
+        assert uncovered == pytest.approx([0, 0], abs=1e-4), name  # logits of other batches are rounded otherwise
         torch.testing.assert_close(method(images[:1]), heat[:1], atol=1e-4, rtol=1e-3)  # image by image
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -186,7 +186,7 @@ def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monke
     assert run(*flags)[0] == 0 and (tmp_path / "a.int8.onnx").exists()
     report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))
     accuracy = report["rows"]["PyTorch"]["accuracy"]
-    assert accuracy > 0.8 and report["rows"]["ONNX Runtime, 8 bits"]["accuracy"] == pytest.approx(accuracy, abs=0.005)
+    assert accuracy > 0.8 and report["rows"]["ONNX Runtime, 8 bits"]["accuracy"] == pytest.approx(accuracy, abs=0.02)
     assert report["8_bits_kept"] and "milliseconds_batch_1" not in report["rows"]["PyTorch"]
 
     def always_the_first_class(contents: bytes) -> bytes:

@@ -282,7 +282,10 @@ def test_return_attention_is_the_same_forward_pass(images, pooling, tokens):
     assert attention.shape == (2, 3, 3, tokens, tokens)
     assert attention.min() >= 0
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, 3, tokens))
-    torch.testing.assert_close(output["logits"], model(images), rtol=1e-5, atol=1e-5)
+    logits = model(images)  # of the last block the CLS token alone is computed here
+    torch.testing.assert_close(output["logits"], logits, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(x.square().sum(), [*model.parameters()]) for x in (output["logits"], logits)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_weights_are_the_softmax_written_by_hand(images):
