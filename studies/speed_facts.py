@@ -6,9 +6,10 @@ from pathlib import Path
 
 from studies import scaling as study
 from studies.benchmark import TARGET
-from studies.facts import read_figures
+from studies.facts import find_runs, machine_of, read_figures
 from studies.peers import ReferenceViT
 from support.model import num_parameters
+from support.significance import paired_t
 
 PEERS = ["timm", "vit-pytorch"]
 YEAR = 365.25 * 24 * 3600
@@ -106,10 +107,28 @@ def time_to_accuracy(root: Path) -> dict:
 
 
 def precision(root: Path) -> dict:
-    """What bf16 gives on each kind of processor: figures/precision_*.json."""
+    """What bf16 gives on each kind of processor (figures/precision_*.json), and whether it costs accuracy: that of the
+    default on validation images, trained in fp32 and in bf16, seed by seed."""
     stored = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("precision_*.json"))]
     kinds = [{**kind, "where": machine_words(kind["provenance"])} for kind in stored]
-    return {"kinds": kinds, "shares": [kind["share_of_optimizer"] for kind in kinds], "runs": {}}
+    full, low = (
+        {run["config"]["seed"]: (name, run) for name, run in find_runs(root, pattern).items()}
+        for pattern in ("studies/fp32_seed*", "studies/study_default_vit_patch4_seed*")
+    )
+    seeds = sorted(full.keys() & low.keys())
+    pairs = [
+        [of[seed][1]["results"]["val_accuracy"] for seed in seeds if of[seed][1]["config"]["precision"] == name]
+        for name, of in (("fp32", full), ("bf16", low))
+    ]
+    return {
+        "kinds": kinds,
+        "shares": [kind["share_of_optimizer"] for kind in kinds],
+        "fp32": pairs[0],
+        "bf16": pairs[1],
+        "by_seed": paired_t(*pairs) if seeds else None,
+        "fp32_where": sorted({machine_of(full[seed][1]["provenance"]) for seed in seeds}),
+        "runs": dict(of[seed] for of in (full, low) for seed in seeds),
+    }
 
 
 def augmentation(root: Path) -> dict:
