@@ -89,7 +89,7 @@ CONSTANTS = {
         r"\b2-core\b",
         r"\b1 GPU \| 1 machine, 8 GPUs \| 4 machines, 32 GPUs",
         r"some 500 a second and core|0\.3 to 0\.5 are usual",
-        r"MLP ratio of [14]\b|within 20 %",
+        r"MLP ratio (of )?[14]\b|within 20 %",
         r"export.md: use 7 of them",
         r"scaling.md: \*\*1\.1\*\*: what",
         r"speed.md: about ten minutes|or ten if it has no bf16",
