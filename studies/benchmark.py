@@ -30,10 +30,10 @@ from tqdm import tqdm
 import train
 from images.augment import NAMES, import_torchvision
 from network import VisionTransformer
-from runner import choose_precision, has_bf16
+from runner import has_bf16
 from studies.cost import GROWTH, cost_in_a_process, measure_growth, summarise_cost
 from studies.peers import REFERENCE_EPOCHS, ReferenceViT, time_run, train_cct_2
-from studies.steps import our_runner, our_step, print_table, synthetic_data, take_turns, training_step
+from studies.steps import AUTO, our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
 from support.files import figures_folder
 from support.report import provenance, read_json, write_json
@@ -82,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
         elif config.precision:
             store(config, f"precision_{kind_of_processor()}", compare_precisions(config))
         elif config.augmentation:
-            store(config, "augmentation_cost", {"images_per_second": compare_augmentations(config)})
+            store(config, "augmentation_cost", {"precision": AUTO, "images_per_second": compare_augmentations(config)})
         else:
             parts = {
                 "step": lambda: compare_steps(config),
@@ -213,20 +213,19 @@ def compare_steps(config: Config) -> dict:
 def compare_memory(config: Config) -> dict:
     """Seconds and MB of the default's step as train.py takes it, which keeps freed memory, and as PyTorch does it by
     itself: in processes of their own, in turns."""
-    precision = choose_precision("auto", torch.device("cpu"))
     rows = {"kept": [], "given back": []}
     for _ in tqdm(range(5), desc="memory kept and given back, turns"):
         for name, costs in rows.items():
-            options = {"batch_size": 128, "precision": precision, "keep_memory": name == "kept"}
+            options = {"batch_size": 128, "precision": AUTO, "keep_memory": name == "kept"}
             costs.append(cost_in_a_process(options, config.threads))
     medians = {
         name: {key: statistics.median(cost[key] for cost in costs) for key in costs[0]} for name, costs in rows.items()
     }
-    print(f"\nThe default's step in {precision}, its memory kept for the next one or given back to the system")
+    print(f"\nThe default's step in {AUTO}, its memory kept for the next one or given back to the system")
     print_table([{"memory": name, **row} for name, row in medians.items()], "memory seconds:.3f memory_mb:.0f")
     ratio = medians["given back"]["seconds"] / medians["kept"]["seconds"]
     print(f"\nratio: {ratio:.2f}")
-    return {"precision": precision, **medians, "ratio": ratio}
+    return {"precision": AUTO, **medians, "ratio": ratio}
 
 
 def compare_precisions(config: Config) -> dict:
@@ -241,18 +240,17 @@ def compare_precisions(config: Config) -> dict:
             steps[f"{preset}, {precision}"] = lambda runner=runner, x=images, y=labels: runner.train_step(x, y)
             if preset == "default":
                 steps[f"Muon and AdamW of the default, gradients in {precision}"] = runner.optimizer.step
-    auto = choose_precision("auto", torch.device("cpu"))
-    repeats = config.repeats if auto == "bf16" else 3  # where nothing computes in bf16, it takes seconds
+    repeats = config.repeats if AUTO == "bf16" else 3  # where nothing computes in bf16, it takes seconds
     medians = {name: statistics.median(s) for name, s in take_turns(steps, repeats).items()}
     ratios = {preset: medians[f"{preset}, fp32"] / medians[f"{preset}, bf16"] for preset in PRESETS}
-    share = medians[f"Muon and AdamW of the default, gradients in {auto}"] / medians[f"default, {auto}"]
-    print(f"\nA training step of each preset, {config.threads} thread(s), {repeats} turns; auto is {auto} here")
+    share = medians[f"Muon and AdamW of the default, gradients in {AUTO}"] / medians[f"default, {AUTO}"]
+    print(f"\nA training step of each preset, {config.threads} thread(s), {repeats} turns; auto is {AUTO} here")
     print_table([{"step": name, "ms": 1e3 * s} for name, s in medians.items()], "step ms:.1f")
     print_table(
         [{"preset": name, "bf16_over_fp32": ratio} for name, ratio in ratios.items()], "preset bf16_over_fp32:.2f"
     )
     print(f"\nThe optimiser's share of the default's step: {share:.1%}")
-    return {"medians": medians, "speed_of_bf16_over_fp32": ratios, "auto": auto, "share_of_optimizer": share}
+    return {"medians": medians, "speed_of_bf16_over_fp32": ratios, "auto": AUTO, "share_of_optimizer": share}
 
 
 # ------------------------------------------------------------------------------------------------------- pipeline
@@ -264,14 +262,14 @@ def compare_pipeline() -> dict:
     loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
     runner, clock = our_runner(VisionTransformer(pooling="mean")), Clock()
     runner.callbacks += [clock, ProgressBar(clock)]
-    bare = our_step(runner.model, *next(iter(loader)), "muon")
+    bare = our_step(runner.model, *next(iter(loader)), "muon", AUTO)
     epochs = {"bare": lambda: [bare() for _ in range(len(loader))], "whole": lambda: runner.train(loader, epochs=1)}
     seconds = take_turns(epochs, repeats=3, warmup=1)
     rates = {name: len(data.train) / statistics.median(values) for name, values in seconds.items()}
     share = rates["whole"] / rates["bare"]
     print(f"\n{rates['bare']:,.0f} images/s in bare steps with the same batch again and again; in a whole epoch, with")
     print(f"shuffling, augmentation, metrics and progress bar, {rates['whole']:,.0f}: {share:.3f} of that")
-    return {"images_per_second": rates, "ratio": share}
+    return {"precision": AUTO, "images_per_second": rates, "ratio": share}
 
 
 def compare_augmentations(config: Config) -> dict:

@@ -28,7 +28,7 @@ import utils
 from network import VisionTransformer
 from runner import Runner, keep_freed_memory
 from studies.cost import GROWTH, cost_in_a_process
-from studies.steps import our_runner, print_table, synthetic_data, take_turns
+from studies.steps import AUTO, our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed, schema
 from support.files import figures_folder
 from support.model import num_parameters
@@ -113,7 +113,7 @@ def compare_throughput(config: Config) -> list[dict]:
     rows = []
     for (width, processes, threads), results in runs.items():
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        rows.append({"hidden_size": width, "processes": processes, "threads": threads, **medians})
+        rows.append({"hidden_size": width, "processes": processes, "threads": threads, "precision": AUTO, **medians})
         alone = next(row for row in rows if row["hidden_size"] == width)  # one thread is the first combination
         rows[-1]["speedup"] = medians["images_per_second"] / alone["images_per_second"]
     print_table(rows, "hidden_size processes threads images_per_second:,.0f speedup:.2f all_reduce_seconds:.4f")

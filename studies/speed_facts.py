@@ -31,7 +31,9 @@ def benchmark(root: Path) -> dict:
     kept = [
         {"where": machine_words(stored["provenance"]), **stored["memory"]} for stored in kinds if "memory" in stored
     ]
-    pipelines = [stored["pipeline"]["ratio"] for stored in kinds]
+    pipelines = [
+        {"precision": "fp32", "where": machine_words(stored["provenance"]), **stored["pipeline"]} for stored in kinds
+    ]
     return {"rows": rows, "kept": kept, "pipelines": pipelines, "runs": {}}
 
 
@@ -136,7 +138,8 @@ def augmentation(root: Path) -> dict:
     stored = read_figures(root, "augmentation_cost")
     rates = stored["images_per_second"]
     rows = {name: {**row, "cost": 1 - row["epoch"] / rates["none"]["epoch"]} for name, row in rates.items()}
-    return {"rows": rows, "where": machine_words(stored["provenance"]), "provenance": stored["provenance"], "runs": {}}
+    where, precision = machine_words(stored["provenance"]), stored.get("precision", "fp32")
+    return {"rows": rows, "where": where, "precision": precision, "provenance": stored["provenance"], "runs": {}}
 
 
 def scaling(root: Path) -> dict:
@@ -175,6 +178,7 @@ def scaling(root: Path) -> dict:
     others = [row for row in memory if row not in first]
     return {
         "throughput": rows,
+        "precision": rows[0].get("precision", "fp32"),
         "pairs": pairs,
         "base_mb": stored["memory"]["base_mb"],
         "memory": unique([*first, *others]),

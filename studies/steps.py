@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from images.loader import Dataset, Split
-from runner import Runner
+from runner import Runner, choose_precision
 from studies.runs import markdown
 from training.optim import build_optimizer, build_schedule
+
+AUTO = choose_precision("auto", torch.device("cpu"))  # what train.py computes in here
 
 
 def training_step(
@@ -28,9 +30,7 @@ def training_step(
     return step
 
 
-def our_runner(
-    model: nn.Module, optimizer: str = "muon", kind: type[Runner] = Runner, precision: str = "fp32"
-) -> Runner:
+def our_runner(model: nn.Module, optimizer: str = "muon", kind: type[Runner] = Runner, precision: str = AUTO) -> Runner:
     """As train.py makes it."""
     optimizer = build_optimizer(model, optimizer)
     schedule = build_schedule(optimizer, 10_000)
