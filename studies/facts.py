@@ -97,7 +97,8 @@ def machine_of(provenance: dict) -> str:
     if provenance["accelerator"]:
         return provenance["accelerator"]
     threads = f"{provenance['threads']} thread" + "s" * (provenance["threads"] > 1)
-    sets = [name for name in provenance.get("instruction_sets") or [] if name != "AVX2"]
+    sets = provenance.get("instruction_sets") or []
+    sets = sets[1:] or sets  # AVX2 is not worth a word beside others
     name = provenance.get("cpu") or provenance["machine"]
     return name + (f" with {' and '.join(sets)}" if sets else "") + f" ({threads})"
 
