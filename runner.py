@@ -55,10 +55,11 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of tensors that are gone for those of the next step, as on a GPU.
 
     As a rule glibc, the C library of most Linux systems, returns it to the system after each use, and a training step
-    on the CPU spends up to a fifth of its time on getting it anew. Not undone; does nothing on other systems.
+    on the CPU gets it anew, page by page (docs/speed.md). The process then needs what it needed at its peak until it
+    ends. Does nothing on other systems.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # not glibc
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor has pages of its own
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the end of the heap stays

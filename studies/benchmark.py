@@ -1,20 +1,21 @@
 """Speed: this project's Vision Transformer beside a plain reference and the libraries people would otherwise use.
 
-    python -m studies.benchmark                      # training step, pipeline, and how cost grows: under ten minutes
-    python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute, or ten if nothing
+    python -m studies.benchmark                      # training step, pipeline, and how cost grows: ten minutes
+    python -m studies.benchmark --precision          # what bf16 gives on this processor: a minute, ten without bf16
     python -m studies.benchmark --augmentation       # what each augmentation costs: five minutes
     python -m studies.benchmark --time_to_accuracy   # seconds until 60.63 % validation accuracy, three seeds each
     python -m studies.benchmark --whole_runs         # the reference's whole training, and accurate's: six minutes
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
-medians, as ratios. Tables are printed and stored as JSON under figures/, those that depend on the instruction sets of
-the processor once for each kind of it. What is stopped keeps the parts that are done:
+medians, as ratios. Tables are printed and stored as JSON under figures/, those of
+steps and of precision once for each kind of processor. What is stopped keeps the parts that are done:
 the same command goes on from there. Needs requirements-dev.txt.
 """
 
 import contextlib
 import dataclasses
 import math
+import platform
 import re
 import statistics
 import sys
@@ -30,13 +31,12 @@ from tqdm import tqdm
 import train
 from images.augment import NAMES, import_torchvision
 from network import VisionTransformer
-from runner import has_bf16
 from studies.cost import GROWTH, cost_in_a_process, measure_growth, summarise_cost
 from studies.peers import REFERENCE_EPOCHS, ReferenceViT, time_run, train_cct_2
 from studies.steps import AUTO, our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
 from support.files import figures_folder
-from support.report import provenance, read_json, write_json
+from support.report import instruction_sets, provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import build_model, count_flops
 from training.presets import PRESETS
@@ -101,9 +101,9 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
     """What each part returns, by its name. It is stored when the part is done, and not measured again by a later call
     with the same settings; Ctrl-C says what is stored."""
     path = partial_path(config, name)
-    wanted = ("torch", "machine", "cpu", "instruction_sets", "threads")
-    machine = {key: value for key, value in provenance().items() if key in wanted}
-    settings, done = {"repeats": config.repeats, **machine}, {}
+    wanted = ("commit", "torch", "machine", "cpu", "instruction_sets", "threads")
+    code_and_machine = {key: value for key, value in provenance().items() if key in wanted}
+    settings, done = {"repeats": config.repeats, **code_and_machine}, {}
     if path.exists():
         found = read_json(path, schema.BENCHMARK_PARTS, "; delete it and measure again")
         done = found["parts"] if found["settings"] == settings else {}
@@ -132,8 +132,8 @@ def partial_path(config: Config, name: str) -> Path:
 
 
 def kind_of_processor() -> str:
-    """By the last of the instruction sets that matter here: "avx2", "avx_512_bf16"."""
-    return re.sub(r"\W", "_", (["other"] + provenance()["instruction_sets"])[-1].lower())
+    """By the last of the instruction sets that matter here, "avx2" or "avx_512_bf16"; else its architecture."""
+    return re.sub(r"\W", "_", (instruction_sets() or [platform.machine()])[-1].lower())
 
 
 def store(config: Config, name: str, results: dict) -> None:
@@ -180,7 +180,7 @@ def compare_steps(config: Config) -> dict:
     }
     peers = {"timm": (TimmViT, timm_sizes), "vit-pytorch": (PytorchViT, lucid_sizes)}
     precisions = ["fp32"]
-    if has_bf16(torch.device("cpu")):  # elsewhere a step in bf16 takes seconds
+    if AUTO == "bf16":  # elsewhere a step in bf16 takes seconds
         precisions.append("bf16")
         steps["product, bf16"] = lambda: low_left @ low_right
         for name, (kind, sizes) in peers.items():
@@ -211,12 +211,12 @@ def compare_steps(config: Config) -> dict:
 
 
 def compare_memory(config: Config) -> dict:
-    """Seconds and MB of the default's step as train.py takes it, which keeps freed memory, and as PyTorch does it by
-    itself: in processes of their own, in turns."""
+    """Seconds and MB of train.py's step, which keeps freed memory, and of the same with PyTorch's own way: in
+    processes of their own, in turns."""
     rows = {"kept": [], "given back": []}
     for _ in tqdm(range(5), desc="memory kept and given back, turns"):
         for name, costs in rows.items():
-            options = {"batch_size": 128, "precision": AUTO, "keep_memory": name == "kept"}
+            options = {"batch_size": 128, "optimizer": "muon", "precision": AUTO, "keep_memory": name == "kept"}
             costs.append(cost_in_a_process(options, config.threads))
     medians = {
         name: {key: statistics.median(cost[key] for cost in costs) for key in costs[0]} for name, costs in rows.items()
@@ -240,7 +240,7 @@ def compare_precisions(config: Config) -> dict:
             steps[f"{preset}, {precision}"] = lambda runner=runner, x=images, y=labels: runner.train_step(x, y)
             if preset == "default":
                 steps[f"Muon and AdamW of the default, gradients in {precision}"] = runner.optimizer.step
-    repeats = config.repeats if AUTO == "bf16" else 3  # where nothing computes in bf16, it takes seconds
+    repeats = config.repeats if AUTO == "bf16" else min(3, config.repeats)  # else bf16 takes seconds
     medians = {name: statistics.median(s) for name, s in take_turns(steps, repeats).items()}
     ratios = {preset: medians[f"{preset}, fp32"] / medians[f"{preset}, bf16"] for preset in PRESETS}
     share = medians[f"Muon and AdamW of the default, gradients in {AUTO}"] / medians[f"default, {AUTO}"]

@@ -90,7 +90,7 @@ CONSTANTS = {
         r"\b1 GPU \| 1 machine, 8 GPUs \| 4 machines, 32 GPUs",
         r"some 500 a second and core|0\.3 to 0\.5 are usual",
         r"MLP ratio (of )?[14]\b|within 20 %",
-        r"export.md: use 7 of them",
+        r"export.md: weights take 7 of|with all 8",
         r"scaling.md: \*\*1\.1\*\*: what",
         r"speed.md: about ten minutes|or ten if it has no bf16",
         r"pretrained.md: five seconds",

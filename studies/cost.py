@@ -83,20 +83,24 @@ def cost_in_a_process(options: dict, threads: int = 1) -> dict:
     return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=cli.ROOT).stdout)
 
 
-def cost_of_one(options: dict, threads: int) -> dict:
+def cost_of_one(
+    threads: int,
+    batch_size: int,
+    img_size: int = 32,
+    optimizer: str = "adamw",
+    precision: str = "fp32",
+    keep_memory: bool = False,
+    **sizes,
+) -> dict:
     """Median seconds of a step, and the peak resident memory above what the process needed before it.
 
-    `options` are the batch size and the ViT's arguments, the precision, and whether freed memory is kept, as train.py
-    does.
+    Args:
+        keep_memory: as train.py does.
+        sizes: the ViT's other arguments.
     """
     torch.set_num_threads(threads)
-    if options.pop("keep_memory", True):
+    if keep_memory:
         keep_freed_memory()
-    batch_size, img_size, precision = (
-        options.pop("batch_size"),
-        options.get("img_size", 32),
-        options.pop("precision", "fp32"),
-    )
     images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(0, 10, (batch_size,))
     process, done, sizes = psutil.Process(), threading.Event(), []
 
@@ -105,7 +109,7 @@ def cost_of_one(options: dict, threads: int) -> dict:
             sizes.append(process.memory_info().rss)
 
     before = process.memory_info().rss
-    step = our_step(VisionTransformer(pooling="mean", **options), images, labels, precision=precision)
+    step = our_step(VisionTransformer(img_size, pooling="mean", **sizes), images, labels, optimizer, precision)
     seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
     watcher = threading.Thread(target=watch)  # only now: it takes time of the processor too
     watcher.start()
@@ -117,4 +121,4 @@ def cost_of_one(options: dict, threads: int) -> dict:
 
 
 if __name__ == "__main__":  # a process started by `cost_in_a_process`
-    print(json.dumps(cost_of_one(json.loads(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(cost_of_one(int(sys.argv[2]), **json.loads(sys.argv[1]))))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import utils
 from network import VisionTransformer
-from runner import Runner, keep_freed_memory
+from runner import Runner
 from studies.cost import GROWTH, cost_in_a_process
 from studies.steps import AUTO, our_runner, print_table, synthetic_data, take_turns
 from support import cli, distributed, schema
@@ -135,7 +135,6 @@ def be_one_of_the_processes(width: int, images: int, threads: int) -> dict:
     """Train a ViT as train.py does, an epoch to warm up and three that count; returns images/s, and the seconds that
     summing the gradients of all processes takes by itself."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
     share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = synthetic_data(images).loader("train", 128, shuffle=True, augment="crop_flip", **share)
     torch.manual_seed(0)

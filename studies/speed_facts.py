@@ -20,7 +20,7 @@ def machine_words(provenance: dict) -> str:
     """The processor by what matters to speed: "AMD EPYC with AVX-512 BF16"."""
     sets, name = provenance.get("instruction_sets"), provenance.get("cpu") or "a processor"
     if not sets:
-        return "a processor of which only the number of cores is stored"
+        return provenance.get("cpu") or "a processor of which only the number of cores is stored"
     return f"{name} with " + (" and ".join(name for name in sets[2:]) or sets[-1])
 
 
@@ -34,7 +34,9 @@ def benchmark(root: Path) -> dict:
     pipelines = [
         {"precision": "fp32", "where": machine_words(stored["provenance"]), **stored["pipeline"]} for stored in kinds
     ]
-    return {"rows": rows, "kept": kept, "pipelines": pipelines, "runs": {}}
+    # measured before a CLS token was computed alone in the last block
+    earlier = [machine_words(stored["provenance"]) for stored in kinds if "memory" not in stored]
+    return {"rows": rows, "kept": kept, "pipelines": pipelines, "earlier": earlier, "runs": {}}
 
 
 def step_rows(stored: dict) -> list[dict]:
@@ -80,7 +82,7 @@ def time_to_accuracy(root: Path) -> dict:
         name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))]
         for name, rows in stored["reached"].items()
     }
-    whole = read_figures(root, "time_to_accuracy_reference_0")["history"][-1]
+    whole = read_figures(root, "reference_20epochs")["history"][-1]
     found = {}
     for name, rows in stored["reached"].items():
         found[name] = {
@@ -97,7 +99,7 @@ def time_to_accuracy(root: Path) -> dict:
         "target": TARGET,
         "reference_rate": 5e-4,  # of studies/peers.py
         "reference_sizes": {"tokens": reference.position.shape[1], "parameters": num_parameters(reference)},
-        "before_commits": "commit" not in stored["provenance"],  # were stored
+        "where": machine_words(stored["provenance"]),
         "easy": {"target": EASY, "ratio": statistics.median(easy["reference"]) / statistics.median(easy["quick"])},
         "whole": whole,
         "whole_runs": {row["training"]: row for row in whole_runs["rows"]},
@@ -114,21 +116,19 @@ def precision(root: Path) -> dict:
     stored = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("precision_*.json"))]
     kinds = [{**kind, "where": machine_words(kind["provenance"])} for kind in stored]
     full, low = (
-        {run["config"]["seed"]: (name, run) for name, run in find_runs(root, pattern).items()}
+        {run["config"]["seed"]: (path, run) for path, run in find_runs(root, pattern).items()}
         for pattern in ("studies/fp32_seed*", "studies/study_default_vit_patch4_seed*")
     )
-    seeds = sorted(full.keys() & low.keys())
-    pairs = [
-        [of[seed][1]["results"]["val_accuracy"] for seed in seeds if of[seed][1]["config"]["precision"] == name]
-        for name, of in (("fp32", full), ("bf16", low))
-    ]
+    seeds = [seed for seed in sorted(full.keys() & low.keys()) if low[seed][1]["config"]["precision"] == "bf16"]
+    pairs = [[of[seed][1]["results"]["val_accuracy"] for seed in seeds] for of in (full, low)]
+    where = [sorted({machine_of(of[seed][1]["provenance"]) for seed in seeds}) for of in (full, low)]
     return {
         "kinds": kinds,
-        "shares": [kind["share_of_optimizer"] for kind in kinds],
         "fp32": pairs[0],
         "bf16": pairs[1],
         "by_seed": paired_t(*pairs) if seeds else None,
-        "fp32_where": sorted({machine_of(full[seed][1]["provenance"]) for seed in seeds}),
+        "fp32_where": where[0],
+        "bf16_where": where[1],
         "runs": dict(of[seed] for of in (full, low) for seed in seeds),
     }
 

@@ -13,7 +13,7 @@ from runner import Runner, choose_precision
 from studies.runs import markdown
 from training.optim import build_optimizer, build_schedule
 
-AUTO = choose_precision("auto", torch.device("cpu"))  # what train.py computes in here
+AUTO = choose_precision("auto", torch.device("cpu"))  # what `--precision auto` is on this processor
 
 
 def training_step(

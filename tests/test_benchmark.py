@@ -167,16 +167,18 @@ def test_each_preset_is_timed_in_both_precisions(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_steps_are_timed_in_bf16_only_where_the_processor_computes_in_it(tmp_path, monkeypatch, low):
-    monkeypatch.setattr(benchmark, "has_bf16", lambda _: low)
-    monkeypatch.setattr(benchmark, "take_turns", lambda steps, _: {name: [len(name) / 10] for name in steps})
+def test_steps_are_timed_in_bf16_only_where_the_processor_computes_in_it(monkeypatch, low):
+    monkeypatch.setattr(benchmark, "AUTO", "bf16" if low else "fp32")
+    seconds = {name: [2.0] for name in ("ours, MLP ratio 4, CLS", "ours, MLP ratio 4, CLS, bf16")[: 1 + low]}
+    monkeypatch.setattr(benchmark, "take_turns", lambda steps, _: {**dict.fromkeys(steps, [6.0]), **seconds})
     monkeypatch.setattr(benchmark, "count_flops", lambda _: 1e9)
     step = benchmark.compare_steps(benchmark.Config())
     assert any("bf16" in name for name in step["medians"]) == low
     rows = speed_facts.step_rows({"step": step, "provenance": benchmark.provenance()})
     assert [row["precision"] for row in rows] == (["fp32", "bf16"] if low else ["fp32"])
-    assert rows[0]["timm"] == pytest.approx([len("timm, MLP ratio 4") / len("ours, MLP ratio 4, CLS")] * 2, rel=0.05)
-    assert rows[0]["reference"] and not any(row["reference"] for row in rows[1:])
+    assert all(row["timm"] == row["vit_pytorch"] == [3, 1] and row["ms"] == [2000, 6000] for row in rows)
+    assert rows[0]["reference"] == [1, 1] and not any(row["reference"] for row in rows[1:])
+    assert [row["over_timm_fp32"] for row in rows] == ([None, [3, 1]] if low else [None])
 
 
 def test_what_memory_costs_is_measured_in_turns(monkeypatch):

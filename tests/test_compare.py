@@ -83,7 +83,7 @@ def test_the_command_trains_tests_and_draws(finished):
     ]
 
 
-def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digits):
+def test_which_test_images_are_right_is_what_the_stored_model_says(finished, digits):
     for name, row in zip(NAMES, finished.study["rows"], strict=True):
         model = Model.load(finished.folder / f"saved/studies/{name}.pt")
         report = json.loads((finished.folder / f"saved/studies/{name}.json").read_text(encoding="utf-8"))
@@ -94,9 +94,6 @@ def test_answers_to_each_test_image_are_those_of_the_stored_model(finished, digi
             answers = dict(stored)
         assert (answers["correct"] == (logits.argmax(dim=1) == digits.test.labels).numpy()).all()
         assert (answers["labels"] == digits.test.labels.numpy()).all() and list(answers["classes"]) == digits.classes
-        assert answers["probabilities"].dtype == np.float16
-        np.testing.assert_allclose(answers["probabilities"], logits.softmax(dim=1).numpy(), atol=1e-3)
-        assert answers["loss"].mean(dtype=float) == pytest.approx(report["results"]["test_loss"], rel=1e-3)
         assert row["test_accuracy"] == pytest.approx(report["results"]["test_accuracy"], rel=1e-5)  # six digits
         assert row["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -627,10 +624,15 @@ def test_flops_by_hand():
     conv = 2 * (16 * 27 * 32**2 + 32 * 16 * 9 * 16**2)
     assert compare.forward_flops(CNN(), 32) == conv + 2 * 2048 * 10
     assert compare.forward_flops(FeedForward(hidden_size=64), 32) == 2 * (3072 * 64 + 64 * 10)
-    tokens = 65
-    block = tokens * 64 * (3 * 64 + 64 + 2 * 256) + 2 * tokens * tokens * 64  # projections, MLP; attention
+
+    def block(tokens: int, of: int) -> int:
+        """Query, key and value of all, and the rest of so many tokens: attention, output and MLP."""
+        return of * 64 * 3 * 64 + tokens * (2 * of * 64 + 64 * (64 + 2 * 256))
+
+    model = VisionTransformer(patch_size=4, pooling="mean").eval()
+    assert compare.forward_flops(model, 32) == 2 * (64 * 48 * 64 + 4 * block(64, 64) + 64 * 10)
     model = VisionTransformer(patch_size=4, pooling="cls").eval()
-    assert compare.forward_flops(model, 32) == 2 * (64 * 48 * 64 + 4 * block + 64 * 10)
+    assert compare.forward_flops(model, 32) == 2 * (64 * 48 * 64 + 3 * block(65, 65) + block(1, 65) + 64 * 10)
 
 
 def test_the_reference_is_in_the_study():

@@ -282,10 +282,27 @@ def test_return_attention_is_the_same_forward_pass(images, pooling, tokens):
     assert attention.shape == (2, 3, 3, tokens, tokens)
     assert attention.min() >= 0
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, 3, tokens))
-    logits = model(images)  # of the last block the CLS token alone is computed here
+    last = []
+    with_hook = model.blocks[-1].register_forward_hook(lambda _block, _inputs, output: last.append(output.shape[1]))
+    logits = model(images)
+    with_hook.remove()
+    assert last == [1 if pooling == "cls" else 16]  # the head reads nothing else
     torch.testing.assert_close(output["logits"], logits, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x.square().sum(), [*model.parameters()]) for x in (output["logits"], logits)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cls_token_alone_drops_branches_and_rounds_as_all_tokens_do(images):
+    model = small_vit(pooling="cls", drop_path=0.5).train()
+    logits = []
+    for return_attention in (False, True):
+        torch.manual_seed(0)
+        output = model(images, return_attention)
+        logits.append(output["logits"] if return_attention else output)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.eval()(images), model(images, return_attention=True)["logits"]
+    torch.testing.assert_close(*low, rtol=0.1, atol=0.1)
 
 
 def test_attention_weights_are_the_softmax_written_by_hand(images):
