@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 import train
-from studies import report, stale
+from studies import report, speed_facts, stale
 from studies.prose import find_numbers
 from support.report import read_json, write_json
 from support.significance import verdict
@@ -219,3 +219,36 @@ def test_the_notebook_gives_the_verdicts_of_the_study():
     for low, high in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.1)):
         for p in (0.001, 0.049, 0.05, 0.7):
             assert words[names["verdict"]((low + high) / 2, low, high, p)] == verdict([low, high], p)
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["AVX2", "AVX-512", "AVX-512 BF16"], "EPYC with AVX-512 BF16"),
+        (["AVX2", "AVX-512", "AVX-512 BF16", "AMX"], "EPYC with AVX-512 BF16 and AMX"),
+        (["AVX2"], "EPYC with AVX2"),
+        ([], "EPYC"),
+    ],
+)
+def test_a_processor_is_called_by_what_matters_to_speed(sets, words):
+    assert speed_facts.machine_words({"cpu": "EPYC", "instruction_sets": sets}) == words
+
+
+def test_precisions_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    def runs(precision, **accuracies):
+        machine = {"accelerator": None, "threads": 1, "cpu": precision, "instruction_sets": []}
+        return {
+            name: {
+                "config": {"seed": int(name[1:]), "precision": precision if name != "s3" else "fp32"},
+                "results": {"val_accuracy": accuracy},
+                "provenance": machine,
+            }
+            for name, accuracy in accuracies.items()
+        }
+
+    stored = {"studies/fp32_seed*": runs("fp32", s0=0.5, s2=0.9, s3=0.1)}
+    stored["studies/study_default_vit_patch4_seed*"] = runs("bf16", s0=0.4, s1=0.7, s2=0.7, s3=0.8)
+    monkeypatch.setattr(speed_facts, "find_runs", lambda _root, pattern: stored[pattern])
+    found = speed_facts.precision(tmp_path)
+    assert (found["fp32"], found["bf16"]) == ([0.5, 0.9], [0.4, 0.7])  # the study's seed 3 was not in bf16
+    assert found["by_seed"]["difference"] == pytest.approx(0.15) and found["fp32_where"] == ["fp32 (1 thread)"]
