@@ -90,13 +90,13 @@ def cost_of_one(
     optimizer: str = "adamw",
     precision: str = "fp32",
     keep_memory: bool = False,
-    **sizes,
+    **options,
 ) -> dict:
     """Median seconds of a step, and the peak resident memory above what the process needed before it.
 
     Args:
         keep_memory: as train.py does.
-        sizes: the ViT's other arguments.
+        options: the ViT's other arguments.
     """
     torch.set_num_threads(threads)
     if keep_memory:
@@ -109,7 +109,7 @@ def cost_of_one(
             sizes.append(process.memory_info().rss)
 
     before = process.memory_info().rss
-    step = our_step(VisionTransformer(img_size, pooling="mean", **sizes), images, labels, optimizer, precision)
+    step = our_step(VisionTransformer(img_size, pooling="mean", **options), images, labels, optimizer, precision)
     seconds = take_turns({"step": step}, repeats=5, warmup=2)["step"]
     watcher = threading.Thread(target=watch)  # only now: it takes time of the processor too
     watcher.start()
