@@ -258,13 +258,13 @@ def compare_precisions(config: Config) -> dict:
 
 def compare_pipeline() -> dict:
     """images/s of whole epochs through Runner.train, beside those of the bare step, in turns."""
-    data = synthetic_data()
+    data = synthetic_data(2048)
     loader = data.loader("train", 128, shuffle=True, augment="crop_flip")
     runner, clock = our_runner(VisionTransformer(pooling="mean")), Clock()
     runner.callbacks += [clock, ProgressBar(clock)]
     bare = our_step(runner.model, *next(iter(loader)), "muon", AUTO)
     epochs = {"bare": lambda: [bare() for _ in range(len(loader))], "whole": lambda: runner.train(loader, epochs=1)}
-    seconds = take_turns(epochs, repeats=3, warmup=1)
+    seconds = take_turns(epochs, repeats=7, warmup=1)
     rates = {name: len(data.train) / statistics.median(values) for name, values in seconds.items()}
     share = rates["whole"] / rates["bare"]
     print(f"\n{rates['bare']:,.0f} images/s in bare steps with the same batch again and again; in a whole epoch, with")
