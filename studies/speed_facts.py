@@ -35,8 +35,8 @@ def benchmark(root: Path) -> dict:
         {"precision": "fp32", "where": machine_words(stored["provenance"]), **stored["pipeline"]} for stored in kinds
     ]
     # measured before a CLS token was computed alone in the last block
-    earlier = [machine_words(stored["provenance"]) for stored in kinds if "memory" not in stored]
-    return {"rows": rows, "kept": kept, "pipelines": pipelines, "earlier": earlier, "runs": {}}
+    older = [machine_words(stored["provenance"]) for stored in kinds if "memory" not in stored]
+    return {"rows": rows, "kept": kept, "pipelines": pipelines, "older": older, "runs": {}}
 
 
 def step_rows(stored: dict) -> list[dict]:
