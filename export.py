@@ -290,8 +290,7 @@ def quantise(onnx_bytes: bytes) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             # weights take 7 of the 8 bits: sums of two products overflow on processors without VNNI otherwise
-            options = {"per_channel": True, "weight_type": QuantType.QInt8, "reduce_range": True}
-            quantize_dynamic(model, path, ["MatMul"], **options)
+            quantize_dynamic(model, path, ["MatMul"], per_channel=True, weight_type=QuantType.QInt8, reduce_range=True)
             return path.read_bytes()
     finally:
         logger.setLevel(level)

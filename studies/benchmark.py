@@ -7,9 +7,9 @@
     python -m studies.benchmark --whole_runs         # the reference's whole training, and accurate's: six minutes
 
 Contenders take turns within one process, so that a machine whose speed drifts is the same to all; what is compared are
-medians, as ratios. Tables are printed and stored as JSON under figures/, those of
-steps and of precision once for each kind of processor. What is stopped keeps the parts that are done:
-the same command goes on from there. Needs requirements-dev.txt.
+medians, as ratios. Tables are printed and stored as JSON under figures/, those of steps and of precision once for each
+kind of processor. What is stopped keeps the parts that are done: the same command goes on from there. Needs
+requirements-dev.txt.
 """
 
 import contextlib
