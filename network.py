@@ -191,14 +191,16 @@ class PatchEmbedding(nn.Module):
 
 
 def _stage_widths(hidden_size: int, patch_size: int) -> list[int]:
-    """Channels of a stage for each halving of the image: they double from stage to stage, up to `hidden_size`."""
+    """Channels of a stage for each halving of the image: `hidden_size` in the last, half as many in the one before ...,
+    up to the next multiple of 16 below it: to 26 channels a convolution takes longer than to 32."""
     stages = patch_size.bit_length() - 1
-    if patch_size < 2 or 2**stages != patch_size or hidden_size % 2 ** (stages - 1):
+    if patch_size < 2 or 2**stages != patch_size:
         raise ValueError(
             f"a convolutional tokenizer halves the image until a patch is one pixel: patch_size {patch_size} must be "
-            f"2, 4, 8, ... and hidden_size {hidden_size} divisible by half of it"
+            "2, 4, 8, ..."
         )
-    return [hidden_size // 2**stage for stage in reversed(range(stages))]
+    halved = [min(hidden_size, 16 * math.ceil(hidden_size / 2**stage / 16)) for stage in range(1, stages)]
+    return [*reversed(halved), hidden_size]
 
 
 def _convolutional_tokenizer(channels: int, widths: list[int], depth: int) -> nn.Sequential:

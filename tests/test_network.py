@@ -247,10 +247,24 @@ def test_convolutional_tokenizer_has_the_same_grid(images, patch):
     assert tokens.shape == PatchEmbedding(32, patch, 24)(images).shape == (3, (32 // patch) ** 2 + 1, 24)
 
 
+def test_stages_of_a_tokenizer_have_half_as_many_channels_in_multiples_of_16():
+    for (hidden_size, patch_size), widths in {
+        (64, 4): [32, 64],
+        (104, 8): [32, 64, 104],
+        (96, 8): [32, 48, 96],
+        (8, 4): [8, 8],
+        (64, 2): [64],
+    }.items():
+        for tokenizer in ("conv", "whitened"):
+            project = PatchEmbedding(32, patch_size, hidden_size, tokenizer=tokenizer).project
+            convolutions = [layer for layer in project if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+            assert [layer.out_channels for layer in convolutions] == widths
+
+
 def test_convolutional_tokenizer_is_convolution_pooling_batch_norm_relu_and_again(images):
     embedding = randomize(PatchEmbedding(32, 4, 24, tokenizer="conv", tokenizer_depth=2, cls_token=False)).train()
     x = images
-    for stage, width in enumerate((12, 24)):
+    for stage, width in enumerate((16, 24)):
         for convolution in range(2):
             layer = 7 * stage + (0 if convolution == 0 else 4)
             x = F.conv2d(x, embedding.project[layer].weight, padding=1)
@@ -443,7 +457,6 @@ def test_drop_path_grows_linearly_over_the_blocks():
         (PatchEmbedding, {"tokenizer": "conv", "patch_size": 6}),
         (PatchEmbedding, {"tokenizer": "conv", "patch_size": 1}),
         (PatchEmbedding, {"tokenizer": "conv", "tokenizer_depth": 0}),
-        (PatchEmbedding, {"tokenizer": "conv", "patch_size": 8, "hidden_size": 6}),
         (PatchEmbedding, {"patch_size": 64}),
         (MultiHeadAttention, {"num_heads": 3}),
         (TransformerBlock, {"num_heads": 3}),
