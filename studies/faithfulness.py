@@ -1,11 +1,14 @@
 """Are explanations faithful?  The deletion and insertion test: do heat maps name the patches that matter?
 
-    python -m studies.faithfulness                                # of saved/VisionTransformer.pt
-    python -m studies.faithfulness --checkpoint saved/CNN.pt
+    python -m studies.faithfulness                       # of saved/VisionTransformer.pt
+    python -m studies.faithfulness saved/CNN.pt
+    python -m studies.faithfulness saved/VisionTransformer*.pt   # of several models of one kind, and their mean
 
-Writes figures/<name>_faithfulness.json and .png; <name> is the model file's.
+Writes figures/<name>_faithfulness.json and .png; <name> is the model file's. Of several models the mean is measured and
+goes to figures/faithfulness.json and .png.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +24,17 @@ from explain import choose_images, picture_path
 from runner import choose_device
 from support import cli
 from support.report import provenance, write_results
+from support.significance import holm, paired_t
 from training.heatmaps import patch_grid, patch_scores
 from training.trained import data_title, load_model
 
 
 @dataclass
 class Config:
-    """Measure whether a saved model's heat maps name the patches that its accuracy rests on."""
+    """Measure whether saved models' heat maps name the patches that their accuracy rests on."""
 
-    checkpoint: str = "saved/VisionTransformer.pt"  # a file that train.py wrote
+    models: tuple[str, ...]  # files that train.py wrote; default: saved/VisionTransformer.pt. Of several, their mean
+    checkpoint: str | None = None  # one of them, as a flag
     model: str | None = None  # my_model.py:MyNet, where the class of a model of your own lies: only for such a model
     data_dir: str | None = None  # where CIFAR-10 lies or goes; default: the environment's DATA_DIR, else data
     output_dir: str | None = None  # the folder that picture and figures go to; default: the project's figures/
@@ -45,26 +50,36 @@ def main(args: list[str] | None = None) -> None:
         for name, least in (("images", 1), ("steps", 1), ("seed", 0)):
             if getattr(config, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
-        model = load_model(config.checkpoint, choose_device(config.device), config.model)
-        images, labels = choose_images(model, config.images, config.seed, config.data_dir)
-        size, _ = patch_grid(model, images)
-        report = measure(model, images, labels, patch_scores(model, images), size, config.steps, config.seed)
+        device = choose_device(config.device)
+        paths = [*config.models, *([config.checkpoint] if config.checkpoint else [])] or ["saved/VisionTransformer.pt"]
+        models = [load_model(path, device, config.model) for path in paths]
+        dataset, title = models[0].metadata["dataset"], models[0].title
+        loaded = [choose_images(model, config.images, config.seed, config.data_dir) for model in models]
+        images, labels = loaded[0]
+        sizes = [patch_grid(model, images) for model in models]
+        if len(models) > 1 and not (
+            len(set(sizes)) == len({model.title for model in models}) == 1
+            and all(torch.equal(images, others) for others, _ in loaded)
+        ):
+            raise ValueError(f"only models of one kind, with one normalisation, have a mean: {', '.join(paths)}")
+        scores = [patch_scores(model, images) for model in tqdm(models, "explaining", unit="model", leave=False)]
+        report = measure(models, images, labels, scores, sizes[0][0], config.steps, config.seed)
         print(markdown_table(report))
-        dataset = model.metadata["dataset"]
-        picture = picture_path(config.output_dir, config.checkpoint, "faithfulness")
-        report = {"model": config.checkpoint, "dataset": dataset, "seed": config.seed, **report}
-        written = write_results(
-            picture.with_suffix(".json"), {**report, "provenance": provenance(next(model.parameters()).device)}
-        )
-        draw(report, picture, f"{model.title} on {data_title(model.metadata)}")
+        picture = picture_path(config.output_dir, paths[0], "faithfulness")
+        if len(models) > 1:
+            picture, title = picture.with_name("faithfulness.png"), f"{len(models)} of {title}"
+        names = {"models": paths} if len(models) > 1 else {"model": paths[0]}
+        report = {**names, "dataset": dataset, "seed": config.seed, **report}
+        written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance(device)})
+        draw(report, picture, f"{title} on {data_title(models[0].metadata)}")
         cli.say_written([picture, picture.with_suffix(".json")] if written else [picture])
 
 
 def measure(
-    model: nn.Module,
+    models: list[nn.Module],
     images: torch.Tensor,
     labels: torch.Tensor,
-    scores: dict[str, torch.Tensor],
+    scores: list[dict[str, torch.Tensor]],
     size: int,
     steps: int = 16,
     seed: int = 0,
@@ -78,8 +93,10 @@ def measure(
     one in insertion.
 
     Args:
+        models: one, or several of one kind, of which the mean is taken.
         images, labels: normalised `(n, 3, height, width)` and `(n,)`.
-        scores: by name, `(n, patches)`, row after row of a square grid of patches; the highest is removed first.
+        scores: of each model by name, `(n, patches)`, row after row of a square grid of patches; the highest is removed
+            first.
         size: side of a patch in pixels.
         seed: of the random ranking, and of the order of equal scores.
 
@@ -87,32 +104,57 @@ def measure(
         `images`, `patches`, `removed` (patches, at each point of a curve), and for every name `rankings[name]
         ["deletion" or "insertion"]` with the curve `accuracy`, its `area`, and `versus_random`: the area minus that of
         the random ranking, with the 95 % interval `[difference, low, high]` of the mean over images, paired; of one
-        image the ends are not known, None. All are fractions.
+        image the ends are not known, None. All are fractions. `pairs` compares each two rankings: see `compare`.
     """
-    random = torch.Generator().manual_seed(seed)
-    patches = next(iter(scores.values())).shape[1]
-    scores = {"random": torch.zeros(len(images), patches), **scores}
-    rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in scores.items()}
+    patches = next(iter(scores[0].values())).shape[1]
     removed = torch.linspace(0, patches, min(steps, patches) + 1).round().long()
-    random_area, found = None, {}
-    for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
-        found[name] = {}
-        orders = {"deletion": ranking, "insertion": ranking.flip(1)}
-        correct = {kind: remove_patches(model, images, labels, order, removed, size) for kind, order in orders.items()}
-        area = {kind: torch.trapezoid(values, removed / patches, dim=0) for kind, values in correct.items()}  # `(n,)`
-        random_area = random_area or area  # the random ranking comes first
-        for kind in orders:
-            difference = area[kind] - random_area[kind]
-            mean, ends = difference.mean().item(), [None, None]
-            if len(images) > 1:
-                margin = 1.96 * difference.std().item() / math.sqrt(len(images))
-                ends = [mean - margin, mean + margin]
-            found[name][kind] = {
-                "accuracy": correct[kind].mean(dim=1).tolist(),
-                "area": area[kind].mean().item(),
-                "versus_random": [mean, *ends],
-            }
-    return {"images": len(images), "patches": patches, "removed": removed.tolist(), "rankings": found}
+    curves, areas = {}, {}  # by name and kind: of each model, `(points,)` and `(n,)`
+    for model, its_scores in zip(models, scores, strict=True):
+        random = torch.Generator().manual_seed(seed)
+        its_scores = {"random": torch.zeros(len(images), patches), **its_scores}
+        rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in its_scores.items()}
+        for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
+            for kind, order in {"deletion": ranking, "insertion": ranking.flip(1)}.items():
+                correct = remove_patches(model, images, labels, order, removed, size)
+                curves.setdefault((name, kind), []).append(correct.mean(dim=1))
+                areas.setdefault((name, kind), []).append(torch.trapezoid(correct, removed / patches, dim=0))
+    curves = {key: torch.stack(values) for key, values in curves.items()}
+    areas = {key: torch.stack(values) for key, values in areas.items()}  # `(models, n)`
+    found = {}
+    for name, kind in areas:
+        versus = paired_t(areas[name, kind].mean(dim=0).tolist(), areas["random", kind].mean(dim=0).tolist())
+        found.setdefault(name, {})[kind] = {
+            "accuracy": curves[name, kind].mean(dim=0).tolist(),
+            "area": areas[name, kind].mean().item(),
+            "versus_random": [versus["difference"], *(versus["interval"] or [None, None])],
+        }
+    counts = {"images": len(images), "patches": patches, "removed": removed.tolist()}
+    return {**counts, "rankings": found, "pairs": compare(areas)}
+
+
+def compare(areas: dict[tuple[str, str], torch.Tensor]) -> list[dict]:
+    """Each two rankings by each test: are they different, on average over the models?
+
+    Args:
+        areas: under the curve of a ranking and a test ("deletion" or "insertion"), `(models, n)`.
+
+    Returns:
+        Rows with `test`, `ranking` and `other`; `difference` of their areas, its 95 % `interval` and `p` value of
+        Student's t test over the images, paired, p corrected for the number of rows (Holm 1979), both None of one
+        image; and `by_model`, the difference of each model.
+    """
+    rows = []
+    for (one, kind), (other, its_kind) in itertools.combinations(areas, 2):
+        if kind == its_kind:
+            difference = areas[one, kind] - areas[other, kind]
+            test = paired_t(areas[one, kind].mean(dim=0).tolist(), areas[other, kind].mean(dim=0).tolist())
+            rows.append(
+                {"test": kind, "ranking": one, "other": other, **test, "by_model": difference.mean(dim=1).tolist()}
+            )
+    if rows and rows[0]["p"] is not None:
+        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+            row["p"] = p
+    return rows
 
 
 def rank(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:

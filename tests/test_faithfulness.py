@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn as nn
 from helpers import run_main
@@ -23,7 +24,7 @@ def test_faithfulness_by_hand():
     images = torch.rand(20, 3, 32, 32)
     labels = torch.ones(20, dtype=torch.long)
     best = torch.tensor([0.0, 9.0, 1.0, 2.0]).expand(20, -1)
-    report = faithfulness.measure(SumOfPatch(), images, labels, {"best": best, "worst": -best}, size=16, steps=4)
+    report = faithfulness.measure([SumOfPatch()], images, labels, [{"best": best, "worst": -best}], size=16, steps=4)
     assert report["removed"] == [0, 1, 2, 3, 4] and report["patches"] == 4
     best, worst = report["rankings"]["best"], report["rankings"]["worst"]
     assert best["deletion"]["accuracy"] == worst["insertion"]["accuracy"] == [1, 0, 0, 0, 0]
@@ -34,6 +35,32 @@ def test_faithfulness_by_hand():
     assert report["rankings"]["random"]["deletion"]["versus_random"] == [0, 0, 0]
     table = faithfulness.markdown_table(report).splitlines()
     assert len(table) == 5 and table[3].startswith("| best | 12.5 | -")
+
+
+def test_rankings_are_compared_pair_by_pair_over_the_mean_of_the_models():
+    areas = {
+        (name, "deletion"): torch.tensor(values, dtype=torch.float64)
+        for name, values in {
+            "random": [[0.5, 0.6, 0.4, 0.5, 0.7], [0.7, 0.4, 0.6, 0.5, 0.5]],
+            "good": [[0.1, 0.1, 0.2, 0.1, 0.2], [0.3, 0.3, 0.2, 0.1, 0.2]],
+            "same": [[0.2, 0.1, 0.2, 0.1, 0.2], [0.3, 0.3, 0.1, 0.1, 0.2]],
+        }.items()
+    }
+    rows = faithfulness.compare(areas)
+    assert [(row["ranking"], row["other"]) for row in rows] == [
+        ("random", "good"),
+        ("random", "same"),
+        ("good", "same"),
+    ]
+    # means over the models: 0.6, 0.5, 0.5, 0.5, 0.6; 0.2, 0.2, 0.2, 0.1, 0.2; 0.25, 0.2, 0.15, 0.1, 0.2
+    raw = [scipy.stats.ttest_1samp(x, 0).pvalue for x in ([0.4, 0.3, 0.3, 0.4, 0.4], [0.35, 0.3, 0.35, 0.4, 0.4])]
+    assert [row["difference"] for row in rows] == pytest.approx([0.36, 0.36, 0])
+    assert rows[0]["by_model"] == pytest.approx([0.4, 0.32])
+    first, second = sorted(raw)
+    assert sorted(row["p"] for row in rows) == pytest.approx([3 * first, max(3 * first, 2 * second), 1])
+    assert rows[0]["interval"][0] > 0 and rows[2]["interval"][0] < 0 < rows[2]["interval"][1]
+    row = faithfulness.compare({key: value[:, :1] for key, value in areas.items()})[0]
+    assert row["interval"] is row["p"] is None
 
 
 def test_an_edge_that_no_patch_covers_stays():
@@ -78,7 +105,19 @@ def test_the_command_measures_all_methods_and_draws(tmp_path, digits, capsys):
     assert report["images"] == 20 and report["removed"] == [0, 4, 8, 12, 16] and report["dataset"] == "digits"
     methods = ["attention", "rollout", "relevance", "integrated gradients", "occlusion"]
     assert list(report["rankings"]) == ["random", *methods]
-    assert "torch" in report["provenance"]
+    assert "torch" in report["provenance"] and len(report["pairs"]) == 30
+
+    model.save(tmp_path / "another.pt", **digits.metadata)
+    run_main("studies.faithfulness", tmp_path / "another.pt", *flags, "--images", 20, "--steps", 4)
+    mean = json.loads((figures / "faithfulness.json").read_text(encoding="utf-8"))
+    assert len(mean["models"]) == 2 and mean["rankings"] == report["rankings"]  # of a model and the same once more
+    assert all(len(pair["by_model"]) == 2 for pair in mean["pairs"]) and (figures / "faithfulness.png").exists()
+    VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=4).save(
+        tmp_path / "finer.pt", **digits.metadata
+    )
+    with pytest.raises(SystemExit):
+        run_main("studies.faithfulness", tmp_path / "finer.pt", *flags, "--images", 20)
+    assert "only models of one kind" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_main("studies.faithfulness", *flags, "--images", 0)
     assert "images must be at least 1" in capsys.readouterr().err
