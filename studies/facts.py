@@ -21,7 +21,7 @@ from studies.ablation import ROWS
 from support import cli, schema
 from support.model import num_parameters
 from support.report import read_json
-from support.significance import paired_t, verdict, wilson
+from support.significance import paired_t, wilson
 from training.models import build_model
 from training.presets import PRESETS
 from training.trained import views
@@ -320,8 +320,8 @@ def recipe(_root: Path) -> dict:
 
 
 def faithfulness(root: Path) -> dict:
-    """Areas in fractions, differences from random with their intervals, and each two methods compared where stored."""
-    stored = read_figures(root, "VisionTransformer_faithfulness")
+    """Areas in fractions, differences from random with their intervals, and what comparing each two methods gave."""
+    stored = read_figures(root, "faithfulness")
     rankings, tests = stored["rankings"], {"deletion": 1, "insertion": -1}  # the sign of what is better
     order = {
         test: sorted(
@@ -329,16 +329,22 @@ def faithfulness(root: Path) -> dict:
         )
         for test, sign in tests.items()
     }
-    words = [
-        verdict(rankings["attention"][test]["versus_random"][1:], 0) == ("below" if sign > 0 else "above")
-        for test, sign in tests.items()
-    ]
+
+    def outdone(one: str, *others: str) -> bool:
+        """Are these rankings better than that one in both tests, and can they be told apart from it?"""
+        pairs = [pair for pair in stored["pairs"] if pair["ranking"] == one and pair["other"] in others]
+        return all(pair["p"] < 0.05 and tests[pair["test"]] * pair["difference"] > 0 for pair in pairs)
+
     return {
         **stored,
         "steps": len(stored["removed"]) - 1,
-        "best": {test: names[0] for test, names in order.items()},
-        "attention_beats_random": all(words),
-        "attention_is_last": all(names[-1] == "attention" for names in order.values()),
+        "order": order,
+        "unsure": [pair for pair in stored["pairs"] if pair["p"] >= 0.05],
+        "by_model_otherwise": [
+            pair for pair in stored["pairs"] if pair["p"] < 0.05 and min(pair["by_model"]) * max(pair["by_model"]) <= 0
+        ],
+        "attention_beats_random": outdone("random", "attention"),
+        "attention_is_last": outdone("attention", *rankings),
         "runs": {},
     }
 

@@ -23,6 +23,7 @@ import utils
 from explain import choose_images, picture_path
 from runner import choose_device
 from support import cli
+from support.model import Model
 from support.report import provenance, write_results
 from support.significance import holm, paired_t
 from training.heatmaps import patch_grid, patch_scores
@@ -52,27 +53,37 @@ def main(args: list[str] | None = None) -> None:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
         device = choose_device(config.device)
         paths = [*config.models, *([config.checkpoint] if config.checkpoint else [])] or ["saved/VisionTransformer.pt"]
-        models = [load_model(path, device, config.model) for path in paths]
-        dataset, title = models[0].metadata["dataset"], models[0].title
-        loaded = [choose_images(model, config.images, config.seed, config.data_dir) for model in models]
-        images, labels = loaded[0]
-        sizes = [patch_grid(model, images) for model in models]
-        if len(models) > 1 and not (
-            len(set(sizes)) == len({model.title for model in models}) == 1
-            and all(torch.equal(images, others) for others, _ in loaded)
-        ):
-            raise ValueError(f"only models of one kind, with one normalisation, have a mean: {', '.join(paths)}")
+        models, images, labels = load_alike(paths, device, config)
+        size, _ = patch_grid(models[0], images)
+        title, dataset = f"{models[0].title} on {data_title(models[0].metadata)}", models[0].metadata["dataset"]
         scores = [patch_scores(model, images) for model in tqdm(models, "explaining", unit="model", leave=False)]
-        report = measure(models, images, labels, scores, sizes[0][0], config.steps, config.seed)
+        report = measure(models, images, labels, scores, size, config.steps, config.seed)
         print(markdown_table(report))
         picture = picture_path(config.output_dir, paths[0], "faithfulness")
         if len(models) > 1:
-            picture, title = picture.with_name("faithfulness.png"), f"{len(models)} of {title}"
+            picture, title = picture.with_name("faithfulness.png"), f"{title}, mean of {len(models)} models"
         names = {"models": paths} if len(models) > 1 else {"model": paths[0]}
         report = {**names, "dataset": dataset, "seed": config.seed, **report}
         written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance(device)})
-        draw(report, picture, f"{title} on {data_title(models[0].metadata)}")
+        draw(report, picture, title)
         cli.say_written([picture, picture.with_suffix(".json")] if written else [picture])
+
+
+def load_alike(
+    paths: list[str], device: torch.device, config: Config
+) -> tuple[list[Model], torch.Tensor, torch.Tensor]:
+    """These models, and the images and labels that all are measured on.
+
+    Raises:
+        ValueError: they are not of one kind, with patches of one size, or do not see the images alike.
+    """
+    models = [load_model(path, device, config.model) for path in paths]
+    loaded = [choose_images(model, config.images, config.seed, config.data_dir) for model in models]
+    images, labels = loaded[0]
+    kinds = {(model.title, patch_grid(model, images)) for model in models}
+    if len(kinds) > 1 or not all(torch.equal(images, others) for others, _ in loaded):
+        raise ValueError(f"only models of one kind, with one normalisation, have a mean: {', '.join(paths)}")
+    return models, images, labels
 
 
 def measure(
