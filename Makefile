@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Each installs what it needs into .venv first.
-# Flags go into ARGS:  make train ARGS="--model cnn --epochs 5".  `make crash-test` proves, in an hour,
+# Flags go into ARGS:  make train ARGS="--model cnn --epochs 5".  `make crash-test` tests, in an hour,
 # that nothing is lost.
 
 PYTHON ?= python3

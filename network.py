@@ -191,8 +191,8 @@ class PatchEmbedding(nn.Module):
 
 
 def _stage_widths(hidden_size: int, patch_size: int) -> list[int]:
-    """Channels of a stage for each halving of the image: `hidden_size` in the last, half as many in the one before ...,
-    up to the next multiple of 16 below it: to 26 channels a convolution takes longer than to 32."""
+    """Channels of a stage for each halving of the image: `hidden_size` in the last and half as many in each one before,
+    rounded up to a multiple of 16, since 26 channels take longer than 32; never more than `hidden_size`."""
     stages = patch_size.bit_length() - 1
     if patch_size < 2 or 2**stages != patch_size:
         raise ValueError(

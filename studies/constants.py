@@ -114,5 +114,4 @@ CONSTANTS = {
         r"\b100 fine classes\b",
     ],
     "what a reader needs for a notebook": [r"\btwenty minutes\b"],
-    "what make crash-test printed": [r"reliability.md: \|( \d+ \|)+"],
 }

@@ -89,6 +89,7 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         "seconds": [result["training_seconds"] for result in results],
         "processor_seconds": processor if len(processor) == len(results) else None,
         "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),
+        "precisions": sorted({run["config"]["precision"] for run in runs.values()}),
     }
 
 
@@ -321,7 +322,7 @@ def recipe(_root: Path) -> dict:
 
 def faithfulness(root: Path) -> dict:
     """Areas in fractions, differences from random with their intervals, and what comparing each two methods gave."""
-    stored = read_figures(root, "faithfulness")
+    stored = read_figures(root, "VisionTransformer_and_2_more_faithfulness")
     rankings, tests = stored["rankings"], {"deletion": 1, "insertion": -1}  # the sign of what is better
     order = {
         test: sorted(
@@ -329,24 +330,29 @@ def faithfulness(root: Path) -> dict:
         )
         for test, sign in tests.items()
     }
-
-    def outdone(one: str, *others: str) -> bool:
-        """Are these rankings better than that one in both tests, and can they be told apart from it?"""
-        pairs = [pair for pair in stored["pairs"] if pair["ranking"] == one and pair["other"] in others]
-        return all(pair["p"] < 0.05 and tests[pair["test"]] * pair["difference"] > 0 for pair in pairs)
-
+    for pair in stored["pairs"]:
+        intervals = (pair["interval"], pair["over_models"]["interval"])
+        pair["different"] = pair["p"] < 0.05 and not any(low <= 0 <= high for low, high in intervals)
+    random = [pair for pair in stored["pairs"] if pair["ranking"] == "random"]
+    runs = {str(Path(path).with_suffix(".json")): _read_run(root, path) for path in stored["models"]}
     return {
         **stored,
         "steps": len(stored["removed"]) - 1,
         "order": order,
-        "unsure": [pair for pair in stored["pairs"] if pair["p"] >= 0.05],
-        "by_model_otherwise": [
-            pair for pair in stored["pairs"] if pair["p"] < 0.05 and min(pair["by_model"]) * max(pair["by_model"]) <= 0
-        ],
-        "attention_beats_random": outdone("random", "attention"),
-        "attention_is_last": outdone("attention", *rankings),
+        "unsure": [pair for pair in stored["pairs"] if not pair["different"]],
+        "better_than_random": all(
+            pair["different"] and tests[pair["test"]] * pair["difference"] > 0 for pair in random
+        ),
+        "attention_is_last": all(names[-1] == "attention" for names in order.values()),
+        "seeds": [run["config"]["seed"] for run in runs.values()],
+        "precisions": [run["config"]["precision"] for run in runs.values()],
         "runs": {},
     }
+
+
+def _read_run(root: Path, model: str) -> dict:
+    path = (root / model).with_suffix(".json")
+    return _read(path, path.stat().st_mtime_ns, True)
 
 
 def transfer(root: Path) -> dict:
@@ -394,3 +400,15 @@ def fuzzing(root: Path) -> dict:
     ]
     found = {name: sum(row[name] for row in rows) for name in ("cases", "faults")}
     return {**found, "each": rows[0]["cases"], "seed": stored["seed"], "rows": rows, "runs": {}}
+
+
+def killing(root: Path) -> dict:
+    """What tests.crash_test counted: rows by kind of run."""
+    stored = read_figures(root, "crash_test")
+    titles = {
+        "vit": "ViT: Muon, crops and mirroring, stochastic depth, averaged weights",
+        "conv": "ViT with a conv tokenizer: Muon, Mixup, averaged weights",
+        "torchrun": "two processes under `torchrun`",
+    }
+    rows = [{**row, "title": titles[row["configuration"]]} for row in stored["rows"]]
+    return {**stored, "rows": rows, "runs": {}}

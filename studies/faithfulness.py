@@ -2,10 +2,9 @@
 
     python -m studies.faithfulness                       # of saved/VisionTransformer.pt
     python -m studies.faithfulness saved/CNN.pt
-    python -m studies.faithfulness saved/VisionTransformer*.pt   # of several models of one kind, and their mean
+    python -m studies.faithfulness saved/VisionTransformer.pt saved/VisionTransformer_seed1.pt    # the mean of both
 
-Writes figures/<name>_faithfulness.json and .png; <name> is the model file's. Of several models the mean is measured and
-goes to figures/faithfulness.json and .png.
+Writes figures/<name>_faithfulness.json and .png; <name> is the model file's, with "_and_1_more" where two are given.
 """
 
 import itertools
@@ -55,15 +54,16 @@ def main(args: list[str] | None = None) -> None:
         paths = [*config.models, *([config.checkpoint] if config.checkpoint else [])] or ["saved/VisionTransformer.pt"]
         models, images, labels = load_alike(paths, device, config)
         size, _ = patch_grid(models[0], images)
-        title, dataset = f"{models[0].title} on {data_title(models[0].metadata)}", models[0].metadata["dataset"]
-        scores = [patch_scores(model, images) for model in tqdm(models, "explaining", unit="model", leave=False)]
+        title, name = f"{models[0].title} on {data_title(models[0].metadata)}", paths[0]
+        if len(models) > 1:
+            name = f"{Path(name).stem}_and_{len(models) - 1}_more.pt"
+            title += f", mean of {len(models)} models"
+        scores = [patch_scores(model, images) for model in models]
         report = measure(models, images, labels, scores, size, config.steps, config.seed)
         print(markdown_table(report))
-        picture = picture_path(config.output_dir, paths[0], "faithfulness")
-        if len(models) > 1:
-            picture, title = picture.with_name("faithfulness.png"), f"{title}, mean of {len(models)} models"
-        names = {"models": paths} if len(models) > 1 else {"model": paths[0]}
-        report = {**names, "dataset": dataset, "seed": config.seed, **report}
+        picture = picture_path(config.output_dir, name, "faithfulness")
+        given = {"models": paths} if len(models) > 1 else {"model": paths[0]}
+        report = {**given, "dataset": models[0].metadata["dataset"], "seed": config.seed, **report}
         written = write_results(picture.with_suffix(".json"), {**report, "provenance": provenance(device)})
         draw(report, picture, title)
         cli.say_written([picture, picture.with_suffix(".json")] if written else [picture])
@@ -75,14 +75,18 @@ def load_alike(
     """These models, and the images and labels that all are measured on.
 
     Raises:
-        ValueError: they are not of one kind, with patches of one size, or do not see the images alike.
+        ValueError: one is given twice, or they differ in more than their weights.
     """
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError(f"a model is given twice: {' '.join(paths)}")
     models = [load_model(path, device, config.model) for path in paths]
     loaded = [choose_images(model, config.images, config.seed, config.data_dir) for model in models]
     images, labels = loaded[0]
-    kinds = {(model.title, patch_grid(model, images)) for model in models}
-    if len(kinds) > 1 or not all(torch.equal(images, others) for others, _ in loaded):
-        raise ValueError(f"only models of one kind, with one normalisation, have a mean: {', '.join(paths)}")
+    for path, model, (others, _) in zip(paths, models, loaded, strict=True):
+        if type(model) is not type(models[0]) or model.config != models[0].config:
+            raise ValueError(f"{path} is another kind of model than {paths[0]}, or of other sizes: they have no mean")
+        if not torch.equal(images, others):
+            raise ValueError(f"{path} was trained on other images than {paths[0]}: they have no mean")
     return models, images, labels
 
 
@@ -152,16 +156,15 @@ def compare(areas: dict[tuple[str, str], torch.Tensor]) -> list[dict]:
     Returns:
         Rows with `test`, `ranking` and `other`; `difference` of their areas, its 95 % `interval` and `p` value of
         Student's t test over the images, paired, p corrected for the number of rows (Holm 1979), both None of one
-        image; and `by_model`, the difference of each model.
+        image; `by_model`, the difference of each model; and `over_models`, the same test over the models.
     """
     rows = []
     for (one, kind), (other, its_kind) in itertools.combinations(areas, 2):
         if kind == its_kind:
-            difference = areas[one, kind] - areas[other, kind]
-            test = paired_t(areas[one, kind].mean(dim=0).tolist(), areas[other, kind].mean(dim=0).tolist())
-            rows.append(
-                {"test": kind, "ranking": one, "other": other, **test, "by_model": difference.mean(dim=1).tolist()}
-            )
+            means = [[areas[name, kind].mean(dim=dim).tolist() for name in (one, other)] for dim in (0, 1)]
+            by_model = (areas[one, kind] - areas[other, kind]).mean(dim=1).tolist()
+            tests = {**paired_t(*means[0]), "by_model": by_model, "over_models": paired_t(*means[1])}
+            rows.append({"test": kind, "ranking": one, "other": other, **tests})
     if rows and rows[0]["p"] is not None:
         for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
             row["p"] = p

@@ -63,11 +63,12 @@ def mcnemar_p(correct: np.ndarray, other: np.ndarray) -> float:
 
 
 def paired_t(values: list[float], others: list[float]) -> dict:
-    """The mean difference of two models' accuracies seed by seed, and what it may be with other seeds.
+    """The mean difference of two models' accuracies seed by seed, and what it may be with other seeds; or of any two
+    figures that were measured in pairs.
 
     Returns:
         `difference`, its 95 % interval `[low, high]` and the p value of Student's paired t test (1908), which takes the
-        differences for normally distributed; without interval and p (None) where there are fewer than two seeds.
+        differences for normally distributed; without interval and p (None) where there are fewer than two.
     """
     differences = np.subtract(values, others)
     mean = float(differences.mean())

@@ -1,4 +1,4 @@
-"""Proof that nothing is lost: kill train.py again and again, resume it each time, and compare with a run left alone.
+"""Is nothing lost? Kill train.py again and again, resume it each time, and compare with a run left alone.
 
     python -m tests.crash_test --kills 100      # or: make crash-test
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -56,6 +57,7 @@ def test_rankings_are_compared_pair_by_pair_over_the_mean_of_the_models():
     raw = [scipy.stats.ttest_1samp(x, 0).pvalue for x in ([0.4, 0.3, 0.3, 0.4, 0.4], [0.35, 0.3, 0.35, 0.4, 0.4])]
     assert [row["difference"] for row in rows] == pytest.approx([0.36, 0.36, 0])
     assert rows[0]["by_model"] == pytest.approx([0.4, 0.32])
+    assert rows[0]["over_models"]["p"] == pytest.approx(scipy.stats.ttest_1samp([0.4, 0.32], 0).pvalue)
     first, second = sorted(raw)
     assert sorted(row["p"] for row in rows) == pytest.approx([3 * first, max(3 * first, 2 * second), 1])
     assert rows[0]["interval"][0] > 0 and rows[2]["interval"][0] < 0 < rows[2]["interval"][1]
@@ -107,17 +109,24 @@ def test_the_command_measures_all_methods_and_draws(tmp_path, digits, capsys):
     assert list(report["rankings"]) == ["random", *methods]
     assert "torch" in report["provenance"] and len(report["pairs"]) == 30
 
-    model.save(tmp_path / "another.pt", **digits.metadata)
+    another, finer = VisionTransformer(**model.config), VisionTransformer(**{**model.config, "patch_size": 4})
+    nn.init.normal_(another.head.weight)
+    another.save(tmp_path / "another.pt", **digits.metadata)
+    finer.save(tmp_path / "finer.pt", **digits.metadata)
+    run_main("studies.faithfulness", tmp_path / "another.pt", *flags[2:], "--images", 20, "--steps", 4)
+    alone = json.loads((figures / "another_faithfulness.json").read_text(encoding="utf-8"))
     run_main("studies.faithfulness", tmp_path / "another.pt", *flags, "--images", 20, "--steps", 4)
-    mean = json.loads((figures / "faithfulness.json").read_text(encoding="utf-8"))
-    assert len(mean["models"]) == 2 and mean["rankings"] == report["rankings"]  # of a model and the same once more
-    assert all(len(pair["by_model"]) == 2 for pair in mean["pairs"]) and (figures / "faithfulness.png").exists()
-    VisionTransformer(hidden_size=16, num_heads=2, num_blocks=2, patch_size=4).save(
-        tmp_path / "finer.pt", **digits.metadata
-    )
-    with pytest.raises(SystemExit):
-        run_main("studies.faithfulness", tmp_path / "finer.pt", *flags, "--images", 20)
-    assert "only models of one kind" in capsys.readouterr().err
+    mean = json.loads((figures / "another_and_1_more_faithfulness.json").read_text(encoding="utf-8"))
+    assert len(mean["models"]) == 2 and (figures / "another_and_1_more_faithfulness.png").exists()
+    curves = [
+        np.array([of["rankings"][name][kind]["accuracy"] for name in methods for kind in ("deletion", "insertion")])
+        for of in (report, alone, mean)
+    ]
+    assert np.allclose(curves[2], (curves[0] + curves[1]) / 2) and not np.allclose(curves[0], curves[1])
+    for first, second, message in (("finer", "another", "of other sizes"), ("another", "another", "given twice")):
+        with pytest.raises(SystemExit):
+            run_main("studies.faithfulness", tmp_path / f"{first}.pt", tmp_path / f"{second}.pt", *flags[2:])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_main("studies.faithfulness", *flags, "--images", 0)
     assert "images must be at least 1" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_pages_are_written_anew_and_a_claim_that_fails_is_not(copy, capsys):
     row |= {"mean": 0.99, "difference": 0.2}
     write_json(path, summary)
     recipe = (copy / "docs" / "recipe.md").read_bytes()
-    path = copy / "figures" / "faithfulness.json"
+    path = copy / "figures" / "VisionTransformer_and_2_more_faithfulness.json"
     stored = read_json(path)
     stored["rankings"]["relevance"]["insertion"]["area"] = 0.9123
     write_json(path, stored)
@@ -123,7 +123,7 @@ def test_pages_are_written_anew_and_a_claim_that_fails_is_not(copy, capsys):
     assert stop.value.code == 1 and 'docs/templates/recipe.md says "' in printed
     assert (copy / "docs" / "recipe.md").read_bytes() == recipe
     explain = (copy / "docs" / "explain.md").read_text(encoding="utf-8")
-    assert "| 91.2 |" in explain and "by insertion\nrelevance, " in explain
+    assert "| 91.2 |" in explain and "by\ninsertion relevance, " in explain
 
 
 def test_another_seed_changes_no_template(copy, capsys):
