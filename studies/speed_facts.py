@@ -124,6 +124,8 @@ def precision(root: Path) -> dict:
     where = [sorted({machine_of(of[seed][1]["provenance"]) for seed in seeds}) for of in (full, low)]
     return {
         "kinds": kinds,
+        # measured before `small` got the sizes that it has
+        "earlier_small": [kind["where"] for kind in kinds if kind["provenance"]["date"] < "2026-11-29"],
         "fp32": pairs[0],
         "bf16": pairs[1],
         "by_seed": paired_t(*pairs) if seeds else None,
