@@ -55,11 +55,16 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.rows < 1 or config.seed < 0:
             raise ValueError(f"rows must be positive and seed not negative, not {config.rows} and {config.seed}")
-        given = [*config.models, *([config.checkpoint] if config.checkpoint else [])]
-        if len({Path(path).stem for path in given}) < len(given):
-            raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(given)}")
-        for path in given or ["saved/VisionTransformer.pt"]:
+        paths = model_files(config.models, config.checkpoint)
+        if len({Path(path).stem for path in paths}) < len(paths):
+            raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(paths)}")
+        for path in paths:
             explain(path, config) if config.page is None else draw_page(path, config)
+
+
+def model_files(models: tuple[str, ...], checkpoint: str | None) -> list[str]:
+    """The files that were given, one after another or as a flag; else the model that comes with the project."""
+    return [*models, *([checkpoint] if checkpoint else [])] or ["saved/VisionTransformer.pt"]
 
 
 def draw_page(checkpoint: str, config: Config) -> None:

@@ -21,7 +21,7 @@ from studies.ablation import ROWS
 from support import cli, schema
 from support.model import num_parameters
 from support.report import read_json
-from support.significance import paired_t, wilson
+from support.significance import paired_t, verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
 from training.trained import views
@@ -330,29 +330,30 @@ def faithfulness(root: Path) -> dict:
         )
         for test, sign in tests.items()
     }
-    for pair in stored["pairs"]:
-        intervals = (pair["interval"], pair["over_models"]["interval"])
-        pair["different"] = pair["p"] < 0.05 and not any(low <= 0 <= high for low, high in intervals)
-    random = [pair for pair in stored["pairs"] if pair["ranking"] == "random"]
-    runs = {str(Path(path).with_suffix(".json")): _read_run(root, path) for path in stored["models"]}
+    same = verdict([0, 0], 1)
+
+    def said(pair: dict) -> str:
+        """What a difference is called if the test over the images and that over the models agree in it."""
+        words = {verdict(found["interval"], found["p"]) for found in (pair, pair["over_models"])}
+        return words.pop() if len(words) == 1 else same
+
+    pairs = [{**pair, "verdict": said(pair)} for pair in stored["pairs"]]
+    runs = find_runs(root, *(Path(path).relative_to("saved").with_suffix("").as_posix() for path in stored["models"]))
     return {
         **stored,
         "steps": len(stored["removed"]) - 1,
         "order": order,
-        "unsure": [pair for pair in stored["pairs"] if not pair["different"]],
+        "unsure": [pair for pair in pairs if pair["verdict"] == same],
         "better_than_random": all(
-            pair["different"] and tests[pair["test"]] * pair["difference"] > 0 for pair in random
+            pair["verdict"] == ("above" if tests[pair["test"]] > 0 else "below")
+            for pair in pairs
+            if pair["ranking"] == "random"
         ),
         "attention_is_last": all(names[-1] == "attention" for names in order.values()),
         "seeds": [run["config"]["seed"] for run in runs.values()],
         "precisions": [run["config"]["precision"] for run in runs.values()],
-        "runs": {},
+        "runs": runs,
     }
-
-
-def _read_run(root: Path, model: str) -> dict:
-    path = (root / model).with_suffix(".json")
-    return _read(path, path.stat().st_mtime_ns, True)
 
 
 def transfer(root: Path) -> dict:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
-from explain import choose_images, picture_path
+from explain import choose_images, model_files, picture_path
 from runner import choose_device
 from support import cli
 from support.model import Model
@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
             if getattr(config, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
         device = choose_device(config.device)
-        paths = [*config.models, *([config.checkpoint] if config.checkpoint else [])] or ["saved/VisionTransformer.pt"]
+        paths = model_files(config.models, config.checkpoint)
         models, images, labels = load_alike(paths, device, config)
         size, _ = patch_grid(models[0], images)
         title, name = f"{models[0].title} on {data_title(models[0].metadata)}", paths[0]
@@ -123,23 +123,22 @@ def measure(
     """
     patches = next(iter(scores[0].values())).shape[1]
     removed = torch.linspace(0, patches, min(steps, patches) + 1).round().long()
-    curves, areas = {}, {}  # by name and kind: of each model, `(points,)` and `(n,)`
+    correct = {}  # by name and kind: of each model, `(points, n)`
     for model, its_scores in zip(models, scores, strict=True):
         random = torch.Generator().manual_seed(seed)
         its_scores = {"random": torch.zeros(len(images), patches), **its_scores}
         rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in its_scores.items()}
         for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
             for kind, order in {"deletion": ranking, "insertion": ranking.flip(1)}.items():
-                correct = remove_patches(model, images, labels, order, removed, size)
-                curves.setdefault((name, kind), []).append(correct.mean(dim=1))
-                areas.setdefault((name, kind), []).append(torch.trapezoid(correct, removed / patches, dim=0))
-    curves = {key: torch.stack(values) for key, values in curves.items()}
-    areas = {key: torch.stack(values) for key, values in areas.items()}  # `(models, n)`
+                right = remove_patches(model, images, labels, order, removed, size)
+                correct.setdefault((name, kind), []).append(right)
+    correct = {key: torch.stack(values) for key, values in correct.items()}
+    areas = {key: torch.trapezoid(values, removed / patches, dim=1) for key, values in correct.items()}
     found = {}
     for name, kind in areas:
         versus = paired_t(areas[name, kind].mean(dim=0).tolist(), areas["random", kind].mean(dim=0).tolist())
         found.setdefault(name, {})[kind] = {
-            "accuracy": curves[name, kind].mean(dim=0).tolist(),
+            "accuracy": correct[name, kind].mean(dim=(0, 2)).tolist(),
             "area": areas[name, kind].mean().item(),
             "versus_random": [versus["difference"], *(versus["interval"] or [None, None])],
         }

@@ -20,7 +20,6 @@ from training import plan as planning
 from training.checkpoints import restore_runner, runner_state
 from training.optim import build_schedule
 from training.plan import Costs, Deadline, epochs_of, guess_accuracy, measure, whole
-from training.presets import PRESETS
 
 COSTS = Costs(step=0.1, validation=2.0, frame=0.5, finish=10.0)
 
@@ -317,7 +316,7 @@ def test_auto_takes_the_preset_with_the_highest_guess(tmp_path, monkeypatch):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         planning.plan(run, tiny_dataset(2000), lambda preset: train.with_defaults(config, preset=preset))
-    assert config.preset == "small" and config.hidden_size == PRESETS["small"]["hidden_size"]
+    assert config.preset == "small" and config.hidden_size == 104
     assert config.lr == 0.001  # typed
     assert "takes small. A guess, from stored runs on CIFAR-10" in output.getvalue()
 
