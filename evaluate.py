@@ -26,7 +26,7 @@ from runner import choose_device
 from support import cli
 from support.files import figures_folder
 from support.report import plain_table, provenance, shorten, write_results
-from support.significance import paired_bootstrap
+from support.significance import interval_text, paired_bootstrap, points
 from training.evaluation_figures import draw_calibration, draw_confusion, draw_ensemble, draw_mistakes
 from training.side_by_side import show
 from training.trained import data_title, load_model, mean_probabilities, predict, test_loader
@@ -82,8 +82,7 @@ def main(args: list[str] | None = None) -> None:
             title, prefix = model.title + viewed, prefix_of(name, config)
             evaluate(answers[-1], loader.images, path, title, model.metadata, prefix, device, without)
             if without:
-                low, high = without["bca"]
-                change = f"{points(without['difference'])} points ({points(low)} to {points(high)})"
+                change = f"{points(without['difference'], 2)} points ({interval_text(without['bca'], 2)})"
                 print(f"without {viewed.removeprefix(', with ')}: {without['accuracy']:.2%}; they give {change}")
         if config.ensemble:
             together = average(answers, "ensemble")
@@ -238,7 +237,7 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
     del whole["calibration"]
     report = {"ensemble": whole, "members": rows, "provenance": provenance(device)}
     shown = (*rows, {"name": "ensemble", **whole})
-    gains = [f"{points(row['difference'])} ({points(row['bca'][0])} to {points(row['bca'][1])})" for row in rows]
+    gains = [f"{points(row['difference'], 2)} ({interval_text(row['bca'], 2)})" for row in rows]
     columns = {
         "": [shorten(row["name"], 24) for row in shown],
         "accuracy": [f"{row['accuracy']:.2%}" for row in shown],
@@ -253,11 +252,6 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
     draw_ensemble(report, files[0], title)
     cli.say_written(files if write_results(files[1], report) else files[:1])
     return report
-
-
-def points(fraction: float) -> str:
-    """A difference of accuracies in percentage points."""
-    return f"{100 * fraction:+.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------- measures

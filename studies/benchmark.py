@@ -36,6 +36,7 @@ from studies.peers import REFERENCE_EPOCHS, ReferenceViT, time_run, train_cct_2
 from studies.steps import AUTO, our_runner, our_step, print_table, synthetic_data, take_turns, training_step
 from support import cli, schema
 from support.files import figures_folder
+from support.model import num_parameters
 from support.report import instruction_sets, provenance, read_json, write_json
 from training.callbacks import Clock, ProgressBar
 from training.models import build_model, count_flops
@@ -52,13 +53,11 @@ class Config:
     augmentation: bool = False  # what each augmentation costs: images/s of the loader alone and of a training epoch
     time_to_accuracy: bool = False  # train reference and quick ViT until 60.63 % validation accuracy
     seeds: int = 3  # runs of each in time_to_accuracy
-    whole_runs: bool = (
-        False  # processor seconds of whole trainings, the reference's and accurate's, from parts in turns
-    )
-    contender: str | None = None  # one run: the reference, a preset, or cct_2 with its authors' recipe
+    # processor seconds of whole trainings, the reference's and accurate's, from parts in turns
+    whole_runs: bool = False
+    contender: str | None = None  # one whole run: of the reference, a preset, or cct_2 with its authors' recipe
     seed: int = 0  # of that run
     cct_epochs: int = 11  # that cct_2 trains
-    stop_at: float = TARGET  # validation accuracy (a fraction) at which that run ends; 1 trains all its epochs
     repeats: int = 15  # timed steps of each contender
     threads: int = 1  # of torch
     data_dir: str | None = None  # where CIFAR-10 lies
@@ -74,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(config.threads)
     with cli.one_line_errors():
         if config.contender:
-            run_contender(config, config.contender, config.seed)
+            run_whole(config)
         elif config.time_to_accuracy:
             store(config, "time_to_accuracy", time_to_accuracy(config))
         elif config.whole_runs:
@@ -101,9 +100,8 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
     """What each part returns, by its name. It is stored when the part is done, and not measured again by a later call
     with the same settings; Ctrl-C says what is stored."""
     path = partial_path(config, name)
-    wanted = ("commit", "torch", "machine", "cpu", "instruction_sets", "threads")
-    code_and_machine = {key: value for key, value in provenance().items() if key in wanted}
-    settings, done = {"repeats": config.repeats, **code_and_machine}, {}
+    here = provenance()
+    settings, done = {"repeats": config.repeats, "commit": here["commit"], **conditions(here)}, {}
     if path.exists():
         found = read_json(path, schema.BENCHMARK_PARTS, "; delete it and measure again")
         done = found["parts"] if found["settings"] == settings else {}
@@ -114,6 +112,11 @@ def run_parts(config: Config, name: str, parts: dict[str, Callable[[], Any]]) ->
             done[part] = parts[part]()
             write_json(path, {"settings": settings, "parts": done})
     return {part: done[part] for part in parts}
+
+
+def conditions(provenance: dict) -> dict:
+    """What measurements must have in common to stand side by side."""
+    return {key: provenance.get(key) for key in ("torch", "machine", "cpu", "instruction_sets", "threads")}
 
 
 @contextlib.contextmanager
@@ -230,12 +233,13 @@ def compare_memory(config: Config) -> dict:
 
 def compare_precisions(config: Config) -> dict:
     """A training step of each preset in fp32 and in bf16, and of the default without its optimiser's."""
-    steps = {}
+    steps, parameters = {}, {}
     for preset in PRESETS:
         settings = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
         images, labels = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(0, 10, (settings.batch_size,))
         for precision in ("fp32", "bf16"):
             model = build_model("vit", dataclasses.asdict(settings), 32, 10)
+            parameters[preset] = num_parameters(model)
             runner = our_runner(model, precision=precision)
             steps[f"{preset}, {precision}"] = lambda runner=runner, x=images, y=labels: runner.train_step(x, y)
             if preset == "default":
@@ -250,7 +254,8 @@ def compare_precisions(config: Config) -> dict:
         [{"preset": name, "bf16_over_fp32": ratio} for name, ratio in ratios.items()], "preset bf16_over_fp32:.2f"
     )
     print(f"\nThe optimiser's share of the default's step: {share:.1%}")
-    return {"medians": medians, "speed_of_bf16_over_fp32": ratios, "auto": AUTO, "share_of_optimizer": share}
+    found = {"medians": medians, "speed_of_bf16_over_fp32": ratios, "auto": AUTO, "share_of_optimizer": share}
+    return {"parameters": parameters, **found}
 
 
 # ------------------------------------------------------------------------------------------------------- pipeline
@@ -296,28 +301,28 @@ def compare_augmentations(config: Config) -> dict:
 # ----------------------------------------------------------------------------------------------- time to accuracy
 
 
-def run_contender(config: Config, contender: str, seed: int) -> list[dict]:
-    """Validation accuracy and seconds after each epoch, stored too."""
-    if contender == "cct_2":
-        results, name = train_cct_2(config.cct_epochs, seed, config.data_dir), f"cct_2_{seed}"
+def run_whole(config: Config) -> None:
+    """Store validation accuracy and seconds after each epoch of the run that --contender names."""
+    name, seed = config.contender, config.seed
+    if name == "cct_2":
+        results = train_cct_2(config.cct_epochs, seed, config.data_dir)
     else:
-        results = {"history": time_run(contender, seed, config.stop_at, config.data_dir)}
-        name = f"time_to_accuracy_{contender}_{seed}"
-    settings = {**dataclasses.asdict(config), "contender": contender, "seed": seed}
-    store(config, name, {"config": settings, **results})
-    return results["history"]
+        results = {"seed": seed, "history": time_run(name, seed, 1.0, config.data_dir)}
+    store(config, f"whole_run_{name}_{seed}", {"contender": name, **results})
 
 
 def time_to_accuracy(config: Config) -> dict:
-    """Run what is missing, two contenders in turns; then compare medians."""
+    """Run what is missing on this processor, two contenders in turns; then compare medians."""
     reached, table = {"reference": [], "quick": []}, []
     print(f"Training until {TARGET:.2%} of the validation images are right, {config.threads} thread(s)")
     for seed in range(config.seeds):
         for contender, rows in reached.items():
-            history = stored_history(config.figures / f"time_to_accuracy_{contender}_{seed}.json", config)
+            name = f"time_to_accuracy_{contender}_{seed}"
+            history = stored_history(config.figures / f"{name}.json")
             if history is None:
                 with told_when_stopped(lambda: f"{len(table)} of {2 * config.seeds} runs in {config.figures}"):
-                    history = run_contender(config, contender, seed)
+                    history = time_run(contender, seed, TARGET, config.data_dir)
+                store(config, name, {"contender": contender, "seed": seed, "history": history})
             row = next((row for row in history if row["val_accuracy"] > TARGET), None)
             rows.append(row)
             table.append({"contender": contender, "seed": seed, "reached": bool(row), **(row or history[-1])})
@@ -330,15 +335,12 @@ def time_to_accuracy(config: Config) -> dict:
     return {"reached": reached, "ratios": ratios}
 
 
-def stored_history(path: Path, config: Config) -> list[dict] | None:
-    """That of a run with as many threads that came to the target, or would have stopped no earlier; else None."""
+def stored_history(path: Path) -> list[dict] | None:
+    """That of a run under today's conditions, on this processor; else None."""
     if not path.exists():
         return None
     stored = read_json(path, schema.HISTORY, "; delete it and run again")
-    settings = {"threads": config.threads, "stop_at": TARGET} | stored.get("config", {})
-    reached = max(row["val_accuracy"] for row in stored["history"]) > TARGET
-    alike = settings["threads"] == config.threads and (reached or settings["stop_at"] >= TARGET)
-    return stored["history"] if alike else None
+    return stored["history"] if conditions(stored["provenance"]) == conditions(provenance()) else None
 
 
 def compare_whole_runs(config: Config, part: float = 0.25, turns: int = 3) -> dict:

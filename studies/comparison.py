@@ -13,7 +13,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
-from support.significance import holm, mcnemar_p, paired_bootstrap, paired_t, verdict, wilson
+from support.report import machine_of
+from support.significance import holm, interval_text, mcnemar_p, paired_bootstrap, paired_t, points, verdict, wilson
 
 REFERENCE = "cnn"  # what all others are compared with
 # a ViT, and the CNN that has about as many parameters
@@ -28,10 +29,11 @@ EARLIER = {  # test accuracy on CIFAR-10 that earlier code of this kind reported
 NOTE = (
     "Means over seeds. Intervals (Wilson's of an accuracy, the paired bootstrap's of a difference, 10,000 resamples) "
     "and p values say what other test images would have given; SD over seeds, what another run would. McNemar's test "
-    "is exact, seed by seed, and the largest p counts, which errs on the side of no difference; Holm's correction is "
-    "over all rows. At equal training time the slower model is in the middle of its run: planned for that time, with a "
-    "schedule that has cooled down by then, it would do better. FLOPs are those of a forward pass, a multiplication "
-    "and an addition counted as two. Training seconds are without validation, on "
+    "is exact, seed by seed, and the largest p counts, or 1 where the seeds disagree about which model is better: this "
+    "errs on the side of no difference. Holm's correction is over all rows. At equal training time the slower model "
+    "is in the middle of its run: planned for that time, with a schedule that has cooled down by then, it would do "
+    "better. FLOPs are those of a forward pass, a multiplication and an addition counted as two. Training seconds are "
+    "without validation, on "
 )
 
 
@@ -89,14 +91,10 @@ def summarise(runs: list[Run], titles: dict[tuple[str, str], str], epochs: int) 
         "rows": [summarise_model(members) for members in groups.values()],
         "differences": compare_with_reference(groups),
         "equal_parameters": compare_at_equal_parameters(groups),
-        "machines": sorted({machine(run.report["provenance"]) for run in runs}),
+        "smaller_patches": compare_patches(groups),
+        "machines": sorted({machine_of(run.report["provenance"]) for run in runs}),
     }
     return {**study, "answers": answers(study)}
-
-
-def machine(provenance: dict) -> str:
-    where = provenance["accelerator"] or f"{provenance['threads']} thread(s) of the CPU"
-    return f"{provenance['machine']}, {where}, torch {provenance['torch']}"
 
 
 def summarise_model(runs: list[Run]) -> dict:
@@ -147,32 +145,45 @@ def compare_at_equal_parameters(groups: Groups) -> list[dict]:
     return found
 
 
+def compare_patches(groups: Groups) -> list[dict]:
+    """Patches of 2 pixels against patches of 4, under each recipe that has both."""
+    kept = ("recipe", "difference", "bca", "seeds", "by_seed", "p")
+    recipes = dict.fromkeys(recipe for recipe, _ in groups)
+    pairs = [(groups.get((recipe, "vit_patch2")), groups.get((recipe, "vit_patch4"))) for recipe in recipes]
+    rows = [compare(*pair) for pair in pairs if all(pair)]
+    return [{name: row[name] for name in kept} for row in rows]
+
+
 def compare(runs: list[Run], reference: list[Run]) -> dict:
     """One model against another, the CNN say.
 
-    With several runs the paired bootstrap is of their means, image by image. McNemar's test knows only right and wrong:
-    it is made of each pair of runs with the same seed, and the largest p value counts.
+    Seeds that only one of them has are left out. With several runs the paired bootstrap is of their means, image by
+    image. McNemar's test knows only right and wrong: it is made of each pair of runs with the same seed, and the
+    largest p value counts; where the seeds disagree about which model is better, p is 1.
 
     Raises:
         ValueError: no two runs have the same seed.
     """
-    right, reference_right = (np.mean([run.correct for run in members], axis=0) for members in (runs, reference))
     others = {run.seed: run for run in reference}
     matched = [(run, others[run.seed]) for run in runs if run.seed in others]
     if not matched:
         raise ValueError(f"no run of {runs[0].title} has the seed of a run of {reference[0].title}: train both so")
+    runs, reference = zip(*matched, strict=True)
+    right, reference_right = (np.mean([run.correct for run in members], axis=0) for members in (runs, reference))
     by_seed = [float(run.correct.mean() - other.correct.mean()) for run, other in matched]
     p_values = [mcnemar_p(run.correct, other.correct) for run, other in matched]
+    agreed = min(by_seed) > 0 or max(by_seed) < 0
     parameters, reference_parameters = (members[0].report["results"]["parameters"] for members in (runs, reference))
     return {
         "recipe": runs[0].recipe,
         "model": runs[0].model,
         "title": runs[0].title,
         **paired_bootstrap(right, reference_right),
+        "seeds": [run.seed for run in runs],
         "by_seed": by_seed,
         "seed_deviation": deviation(by_seed),
         "mcnemar_p": p_values,
-        "p": max(p_values),
+        "p": max(p_values) if agreed else 1.0,
         "parameter_ratio": parameters / reference_parameters,
         "equal_time": at_equal_time(runs, reference),
         # of each class, the part of its images that one gets and the other does not
@@ -234,8 +245,8 @@ def answers(study: dict) -> list[str]:
     if turned:
         sentences.append(
             f"**Does the recipe turn it round?** Minus the CNN's accuracy, plain and default: {'; '.join(turned)}. The "
-            "two recipes differ in more than augmentation: in optimiser, schedule, label smoothing, weight decay and "
-            "pooling too."
+            "two recipes differ in more than augmentation: in optimiser, rate, schedule, label smoothing, weight "
+            "decay, pooling, first filters and precision too."
         )
     return sentences
 
@@ -248,18 +259,22 @@ def judge(row: dict) -> str:
     return verdict(row["bca"], row["p_holm"])
 
 
-def at_equal_parameters(row: dict) -> str:
-    """A difference is called one where both intervals, over test images and over seeds, leave 0 out."""
-    reference = "the CNN" if row["reference"] == "CNN" else row["reference"]
+def judge_twice(row: dict) -> str:
+    """The same of ViTs and CNNs of about their size: by both intervals, over test images and over seeds."""
     low, high = (f([row["bca"][end], (row["t"] or row["bca"])[end]]) for end, f in ((0, min), (1, max)))
-    word = VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
-    ratio = row["parameter_ratio"]
+    return VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
+
+
+def at_equal_parameters(row: dict) -> str:
+    """What `compare_at_equal_parameters` found, in words."""
+    reference = "the CNN" if row["reference"] == "CNN" else row["reference"]
+    word, ratio = judge_twice(row), row["parameter_ratio"]
     kind = "Equal" if abs(ratio - 1) < 0.1 else "Fewer" if ratio < 1 else "More"
-    seeds = f"{interval(row['t'])} over seeds" if row["t"] else "one run: other seeds are not known"
+    seeds = f"{interval_text(row['t'])} over seeds" if row["t"] else "one run: other seeds are not known"
     return (
         f"**{kind} parameters, {row['recipe']}:** {row['title']}, with {ratio:.2f} times {reference}'s "
-        f"parameters: {word} {reference} ({points(row['difference'])}; 95 % intervals: {interval(row['bca'])} over "
-        f"test images, {seeds})."
+        f"parameters: {word} {reference} ({points(row['difference'])}; 95 % intervals: {interval_text(row['bca'])} "
+        f"over test images, {seeds})."
     )
 
 
@@ -270,14 +285,6 @@ def equal_time(row: dict) -> str:
     difference = "(no epoch of the slower one done)" if unknown else points(accuracy - reference)
     clock = f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
     return f"{row['title']} {difference} at {clock}"
-
-
-def points(difference: float) -> str:
-    return f"{100 * difference:+.1f}"
-
-
-def interval(ends: list[float]) -> str:
-    return f"{points(ends[0])} to {points(ends[1])}"
 
 
 def p_text(p: float) -> str:
@@ -315,8 +322,8 @@ def as_markdown(study: dict, dataset: str) -> str:
             "model": row["title"],
             "recipe": row["recipe"],
             "difference": f"**{points(row['difference'])}**",
-            "95 %, percentile": interval(row["percentile"]),
-            "95 %, BCa": interval(row["bca"]),
+            "95 %, percentile": interval_text(row["percentile"]),
+            "95 %, BCa": interval_text(row["bca"]),
             "SD over seeds": percent(row["seed_deviation"], 2),
             "McNemar's p": p_text(row["p"]),
             "Holm's p": p_text(row["p_holm"]),

@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from scipy.stats import gaussian_kde
 
-from studies.comparison import REFERENCE, Run, group, interval, p_text, points
+from studies.comparison import REFERENCE, Run, group, p_text
 from support.figures import BLUE, DARK, GREEN, VERMILLION, new_figure, save_figure
+from support.significance import interval_text, points
 
 STYLES = {  # model -> colour and marker
     "cnn": (VERMILLION, "s"),
@@ -150,7 +151,7 @@ def draw_difference(axes: Axes, row: dict, y: int) -> None:
     seeds = row["by_seed"] if len(row["by_seed"]) > 1 else []
     axes.plot([100 * value for value in seeds], [y + 0.22] * len(seeds), ".", color=DARK, ms=4)
     p = p_text(row["p_holm"])
-    text = f"{points(row['difference'])}  ({interval(row['bca'])}), p {p if p.startswith('<') else f'= {p}'}"
+    text = f"{points(row['difference'])}  ({interval_text(row['bca'])}), p {p if p.startswith('<') else f'= {p}'}"
     axes.text(1.02, y, text, va="center_baseline", transform=axes.get_yaxis_transform())
 
 

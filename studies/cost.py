@@ -92,7 +92,7 @@ def cost_of_one(
     keep_memory: bool = False,
     **options,
 ) -> dict:
-    """Median seconds of a step, and the peak resident memory above what the process needed before it.
+    """Median seconds of a step, and the peak resident memory above what the process had before there was a model.
 
     Args:
         keep_memory: as train.py does.

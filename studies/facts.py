@@ -20,7 +20,7 @@ from network import ResNet20
 from studies.ablation import ROWS
 from support import cli, schema
 from support.model import num_parameters
-from support.report import read_json
+from support.report import machine_of, read_json
 from support.significance import paired_t, verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
@@ -30,6 +30,7 @@ from training.trained import views
 REPORT = {"results": schema.RESULTS, "config": {"epochs": schema.EPOCHS}, "provenance": schema.REPORT["provenance"]}
 TINY_FLOPS = 2_507_366_400  # of timm's vit_tiny_patch16_224 for one image, as training.models.count_flops counts them
 TRAINING = 40_000  # images of CIFAR-10 that train.py trains on unless told otherwise
+HELD_OUT = 10_000  # ... and holds out for validation
 IMAGES = 10_000  # that CIFAR-10 has for testing
 
 # the rows of the main table: key -> title, flags to train.py, the reports' names below saved/ (a star for several)
@@ -91,17 +92,6 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),
         "precisions": sorted({run["config"]["precision"] for run in runs.values()}),
     }
-
-
-def machine_of(provenance: dict) -> str:
-    """Processor, instruction sets where they are known, and threads, in words."""
-    if provenance["accelerator"]:
-        return provenance["accelerator"]
-    threads = f"{provenance['threads']} thread" + "s" * (provenance["threads"] > 1)
-    sets = provenance.get("instruction_sets") or []
-    sets = sets[1:] or sets  # AVX2 is not worth a word beside others
-    name = provenance.get("cpu") or provenance["machine"]
-    return name + (f" with {' and '.join(sets)}" if sets else "") + f" ({threads})"
 
 
 # ------------------------------------------------------------------------------------------------- the main tables
@@ -242,11 +232,12 @@ def patience(root: Path) -> dict:
 
 def crossval(root: Path) -> dict:
     stored = read_figures(root, "crossval")
+    mean = stored["val_accuracy"]["mean"]
     return {
         **stored,
         "each": stored["val_accuracy"]["each"],
         "deviation": stored["val_accuracy"]["std"],
-        "chance": math.sqrt(stored["val_accuracy"]["mean"] * (1 - stored["val_accuracy"]["mean"]) / IMAGES),
+        "chance": math.sqrt(mean * (1 - mean) * stored["folds"] / (TRAINING + HELD_OUT)),
         "epochs": trained_by(stored)["epochs"],
         "runs": {"crossval": stored},
     }
@@ -331,23 +322,20 @@ def faithfulness(root: Path) -> dict:
         for test, sign in tests.items()
     }
     same = verdict([0, 0], 1)
-
-    def said(pair: dict) -> str:
-        """What a difference is called if the test over the images and that over the models agree in it."""
-        words = {verdict(found["interval"], found["p"]) for found in (pair, pair["over_models"])}
-        return words.pop() if len(words) == 1 else same
-
-    pairs = [{**pair, "verdict": said(pair)} for pair in stored["pairs"]]
+    differ = [pair for pair in stored["pairs"] if verdict(pair["interval"], pair["p"]) != same]
     runs = find_runs(root, *(Path(path).relative_to("saved").with_suffix("").as_posix() for path in stored["models"]))
     return {
         **stored,
         "steps": len(stored["removed"]) - 1,
         "order": order,
-        "unsure": [pair for pair in pairs if pair["verdict"] == same],
+        # over the images; and of those that differ, which do over the models too
+        "unsure": [pair for pair in stored["pairs"] if pair not in differ],
+        "sure": [pair for pair in differ if verdict(*(pair["over_models"][key] for key in ("interval", "p"))) != same],
         "better_than_random": all(
-            pair["verdict"] == ("above" if tests[pair["test"]] > 0 else "below")
-            for pair in pairs
+            tests[pair["test"]] * difference > 0
+            for pair in stored["pairs"]
             if pair["ranking"] == "random"
+            for difference in pair["by_model"]
         ),
         "attention_is_last": all(names[-1] == "attention" for names in order.values()),
         "seeds": [run["config"]["seed"] for run in runs.values()],

@@ -154,8 +154,8 @@ def compare(areas: dict[tuple[str, str], torch.Tensor]) -> list[dict]:
 
     Returns:
         Rows with `test`, `ranking` and `other`; `difference` of their areas, its 95 % `interval` and `p` value of
-        Student's t test over the images, paired, p corrected for the number of rows (Holm 1979), both None of one
-        image; `by_model`, the difference of each model; and `over_models`, the same test over the models.
+        Student's t test over the images, paired, both None of one image; `by_model`, the difference of each model; and
+        `over_models`, the same test over the models. All p values are corrected for the number of rows (Holm 1979).
     """
     rows = []
     for (one, kind), (other, its_kind) in itertools.combinations(areas, 2):
@@ -164,9 +164,10 @@ def compare(areas: dict[tuple[str, str], torch.Tensor]) -> list[dict]:
             by_model = (areas[one, kind] - areas[other, kind]).mean(dim=1).tolist()
             tests = {**paired_t(*means[0]), "by_model": by_model, "over_models": paired_t(*means[1])}
             rows.append({"test": kind, "ranking": one, "other": other, **tests})
-    if rows and rows[0]["p"] is not None:
-        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
-            row["p"] = p
+    for tested in (rows, [row["over_models"] for row in rows]):
+        if tested and tested[0]["p"] is not None:
+            for test, p in zip(tested, holm([test["p"] for test in tested]), strict=True):
+                test["p"] = p
     return rows
 
 

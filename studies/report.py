@@ -9,6 +9,7 @@ studies/facts.py and studies/speed_facts.py, how it is written in FILTERS below.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from studies.prose import CLOSE, OPEN, find_numbers, without_marks
 from support import cli
 from support.files import CheckpointError, home, write_bytes
 from support.report import read_json, same_results
+from support.significance import interval_text, points
 
 TOPICS: dict[str, Callable[[Path], dict]] = {
     topic.__name__: topic
@@ -112,21 +114,12 @@ def bare(fraction: float, digits: int = 1) -> str:
     return f"{fraction:.{digits}%}"[:-1]
 
 
-def points(fraction: float, digits: int = 1) -> str:
-    """In percentage points, with a plus or a minus."""
-    return f"{fraction:+.{digits}%}"[:-1]
-
-
 def span(values: float | list[float], unit: float = 60, to: str = " to ") -> str:
     """From the least to the most, in minutes unless `unit` says of how many seconds; with a digit where little."""
     values = [value / unit for value in (values if isinstance(values, list) else [values])]
     digits = 1 if min(values) < 1.5 and any(value % 1 for value in values) else 0
     ends = dict.fromkeys(f"{end:,.{digits}f}" for end in (min(values), max(values)))
     return to.join(ends)
-
-
-def interval(ends: list[float], digits: int = 1) -> str:
-    return f"{points(ends[0], digits)} to {points(ends[1], digits)}"
 
 
 def deviation(values: list[float], digits: int = 1) -> str:
@@ -163,7 +156,8 @@ FILTERS: dict[str, Callable] = {
     "thousands": lambda value: f"{value:,.0f}",
     "rate": lambda value: f"{value:.0e}".replace("e-0", "e-"),
     "difference": lambda value: f"{value:.0e}" if value < 0.001 else f"{value:.1f}",
-    "estimate": lambda values: f"{points(values[0])} ({interval(values[1:])})",
+    "estimate": lambda values: f"{points(values[0])} ({interval_text(values[1:])})",
+    "interval": interval_text,
     "minutes": lambda seconds: f"{seconds / 60:.{1 if seconds < 60 else 0}f}",
     "mean": lambda values: float(np.mean(values)),
     "p": lambda value: "< 0.001" if value < 0.001 else f"= {value:.{3 if value < 0.1 else 2}f}",
@@ -172,7 +166,7 @@ FILTERS: dict[str, Callable] = {
     "megabytes": lambda mega: f"{mega:.0f} MB" if mega < 1000 else f"{mega / 1000:.1f} GB",
     **{
         filter.__name__: filter
-        for filter in (holds, bare, points, spread, deviation, span, interval, millions, clock, listed, code, word)
+        for filter in (holds, bare, points, spread, deviation, span, millions, clock, listed, code, word)
     },
 }
 
@@ -321,9 +315,14 @@ def outdated(root: Path) -> list[str]:
                 more = "" if epochs == 5 else f" --epochs {epochs}"
                 command = f"python -m studies.ablation --no_train{more}"
                 faults.append(f"figures/{name}.json is not of the runs of {row['row']} that are stored: run {command}")
-    for run in read_json(root / "figures" / "model_comparison.json")["runs"]:
-        name = Path(run["config"].get("name") or "").name
-        if name in stored and not same_results(read_json(stored[name])["results"], run["results"]):
+    compared = {
+        Path(run["config"].get("name") or "").name: run["results"]
+        for run in read_json(root / "figures" / "model_comparison.json")["runs"]
+    }
+    for name, path in stored.items():
+        if re.match("study_(plain|default)_", name) and not same_results(
+            read_json(path)["results"], compared.get(name)
+        ):
             faults.append(f"figures/model_comparison.json is not of {name}: run python -m studies.compare --no_train")
     accuracy = read_json(root / "saved" / "VisionTransformer.json")["results"]["test_accuracy"]
     of_model = {

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from studies import scaling as study
 from studies.benchmark import TARGET
-from studies.facts import find_runs, machine_of, read_figures
+from studies.facts import find_runs, read_figures, recipe
 from studies.peers import ReferenceViT
 from support.model import num_parameters
+from support.report import machine_of, processor_of
 from support.significance import paired_t
 
 PEERS = ["timm", "vit-pytorch"]
@@ -16,26 +17,16 @@ YEAR = 365.25 * 24 * 3600
 EASY = 0.58  # validation accuracy that the reference reaches while it still rises
 
 
-def machine_words(provenance: dict) -> str:
-    """The processor by what matters to speed: "AMD EPYC with AVX-512 BF16"."""
-    sets, name = provenance.get("instruction_sets"), provenance.get("cpu") or "a processor"
-    if not sets:
-        return provenance.get("cpu") or "a processor of which only the number of cores is stored"
-    return f"{name} with " + (" and ".join(name for name in sets[2:]) or sets[-1])
-
-
 def benchmark(root: Path) -> dict:
     """A training step on each kind of processor on which it was measured: figures/benchmark_*.json."""
     kinds = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("benchmark_*.json"))]
     rows = [row for stored in kinds for row in step_rows(stored)]
-    kept = [
-        {"where": machine_words(stored["provenance"]), **stored["memory"]} for stored in kinds if "memory" in stored
-    ]
+    kept = [{"where": processor_of(stored["provenance"]), **stored["memory"]} for stored in kinds if "memory" in stored]
     pipelines = [
-        {"precision": "fp32", "where": machine_words(stored["provenance"]), **stored["pipeline"]} for stored in kinds
+        {"precision": "fp32", "where": processor_of(stored["provenance"]), **stored["pipeline"]} for stored in kinds
     ]
     # measured before a CLS token was computed alone in the last block
-    older = [machine_words(stored["provenance"]) for stored in kinds if "memory" not in stored]
+    older = [processor_of(stored["provenance"]) for stored in kinds if "memory" not in stored]
     return {"rows": rows, "kept": kept, "pipelines": pipelines, "older": older, "runs": {}}
 
 
@@ -49,7 +40,7 @@ def step_rows(stored: dict) -> list[dict]:
         mine = [medians[f"ours, MLP ratio 4, {pooling}{tail}"] for pooling in ("CLS", "mean")]
         rows.append(
             {
-                "where": machine_words(stored["provenance"]),
+                "where": processor_of(stored["provenance"]),
                 "precision": precision,
                 "ms": [1000 * seconds for seconds in mine],
                 "reference": None if tail else [medians[reference] / medians[name] for name in small],
@@ -66,7 +57,7 @@ def cost(root: Path) -> dict:
     """How a step's time and memory grow: the exponents of figures/cost.json."""
     stored = read_figures(root, "cost")
     exponents = {name.replace(" ~ ", "_of_"): value for name, value in stored["exponents"].items()}
-    return {"exponents": exponents, "where": machine_words(stored["provenance"]), "runs": {}}
+    return {"exponents": exponents, "where": processor_of(stored["provenance"]), "runs": {}}
 
 
 def seconds_to(root: Path, name: str, target: float) -> float:
@@ -82,7 +73,7 @@ def time_to_accuracy(root: Path) -> dict:
         name: [seconds_to(root, f"{name}_{seed}", EASY) for seed in range(len(rows))]
         for name, rows in stored["reached"].items()
     }
-    whole = read_figures(root, "reference_20epochs")["history"][-1]
+    whole = read_figures(root, "whole_run_reference_0")["history"][-1]
     found = {}
     for name, rows in stored["reached"].items():
         found[name] = {
@@ -92,18 +83,18 @@ def time_to_accuracy(root: Path) -> dict:
             "n": len(rows),
         }
         found[name] |= {f"median_{clock}": statistics.median(found[name][clock]) for clock in ("wall", "processor")}
-    cct, whole_runs = read_figures(root, "cct_2_0"), read_figures(root, "whole_runs")
+    cct, whole_runs = read_figures(root, "whole_run_cct_2_0"), read_figures(root, "whole_runs")
     return {
         **found,
         "ratios": stored["ratios"],
         "target": TARGET,
         "reference_rate": 5e-4,  # of studies/peers.py
         "reference_sizes": {"tokens": reference.position.shape[1], "parameters": num_parameters(reference)},
-        "where": machine_words(stored["provenance"]),
+        "where": processor_of(stored["provenance"]),
         "easy": {"target": EASY, "ratio": statistics.median(easy["reference"]) / statistics.median(easy["quick"])},
         "whole": whole,
         "whole_runs": {row["training"]: row for row in whole_runs["rows"]},
-        "whole_runs_machine": machine_words(whole_runs["provenance"]),
+        "whole_runs_machine": processor_of(whole_runs["provenance"]),
         "cct": {**cct, "last": cct["history"][-1]},
         "provenance": stored["provenance"],
         "runs": {},
@@ -114,7 +105,8 @@ def precision(root: Path) -> dict:
     """What bf16 gives on each kind of processor (figures/precision_*.json), and whether it costs accuracy: that of the
     default on validation images, trained in fp32 and in bf16, seed by seed."""
     stored = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("precision_*.json"))]
-    kinds = [{**kind, "where": machine_words(kind["provenance"])} for kind in stored]
+    small = recipe(root)["small"]["parameters"]
+    kinds = [{**kind, "where": processor_of(kind["provenance"])} for kind in stored]
     full, low = (
         {run["config"]["seed"]: (path, run) for path, run in find_runs(root, pattern).items()}
         for pattern in ("studies/fp32_seed*", "studies/study_default_vit_patch4_seed*")
@@ -125,7 +117,7 @@ def precision(root: Path) -> dict:
     return {
         "kinds": kinds,
         # measured before `small` got the sizes that it has
-        "earlier_small": [kind["where"] for kind in kinds if kind["provenance"]["date"] < "2026-11-29"],
+        "earlier_small": [kind["where"] for kind in kinds if kind.get("parameters", {}).get("small") != small],
         "fp32": pairs[0],
         "bf16": pairs[1],
         "by_seed": paired_t(*pairs) if seeds else None,
@@ -140,7 +132,7 @@ def augmentation(root: Path) -> dict:
     stored = read_figures(root, "augmentation_cost")
     rates = stored["images_per_second"]
     rows = {name: {**row, "cost": 1 - row["epoch"] / rates["none"]["epoch"]} for name, row in rates.items()}
-    where, precision = machine_words(stored["provenance"]), stored.get("precision", "fp32")
+    where, precision = processor_of(stored["provenance"]), stored.get("precision", "fp32")
     return {"rows": rows, "where": where, "precision": precision, "provenance": stored["provenance"], "runs": {}}
 
 

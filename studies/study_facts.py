@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.comparison import EARLIER, at_equal_parameters
+from studies.comparison import EARLIER, at_equal_parameters, judge_twice
 from studies.facts import find_runs, of_runs, read_figures
-from support.significance import mcnemar_p, verdict
+from support.significance import verdict
 
 
 def study(root: Path) -> dict:
@@ -37,6 +37,10 @@ def study(root: Path) -> dict:
     with_cls = [
         (row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit") and row["plain"]
     ]
+    at_equal = {}  # under the default recipe: what the ViTs of about a CNN's size are to it
+    for row in stored["equal_parameters"]:
+        if row["recipe"] == "default":
+            at_equal.setdefault(row["reference"], []).append(judge_twice(row))
     return {
         **recipes,
         "epochs": stored["epochs"],
@@ -44,7 +48,7 @@ def study(root: Path) -> dict:
         "missing": stored["missing"],
         "groups": groups,
         "others": sum(len(rows) for rows in groups["plain"].values()),
-        "plain_largest_p": max(row["p"] for row in recipes["plain"].values() if "p" in row),
+        "plain_largest_p": max(row["p"] for row in groups["plain"]["below"]),
         "sizes": {recipe: list(accuracies) for recipe, accuracies in patches.items()},
         "patches": {recipe: list(accuracies.values()) for recipe, accuracies in patches.items()},
         "gains": {
@@ -56,9 +60,10 @@ def study(root: Path) -> dict:
         "margin": max(float(np.diff(row["interval"])[0] / 2) for row in stored["rows"]),
         "images": stored["images"],
         "equal_parameters": [at_equal_parameters(row) for row in stored["equal_parameters"]],
+        "at_equal_parameters": {cnn: sorted(set(words)) for cnn, words in at_equal.items()},
         "equal_time": equal_time(root),
         "cnn_val": of_runs(find_runs(root, "studies/study_default_cnn_seed*"))["val"],
-        "patch2": {recipe: patch2_against_patch4(stored["runs"], recipe) for recipe in recipes if 2 in patches[recipe]},
+        "patch2": {row["recipe"]: row for row in stored["smaller_patches"]},
         "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
         "provenance": stored["provenance"],
     }
@@ -79,26 +84,3 @@ def equal_time(root: Path) -> list[dict]:
         if runs := find_runs(root, f"studies/equal_time_{key}"):
             rows.append({"title": title, **of_runs(runs)})
     return sorted(rows, key=lambda row: -row["val"])
-
-
-def patch2_against_patch4(runs: list[dict], recipe: str, draws: int = 10_000) -> dict:
-    """Patches of 2 minus patches of 4: means over seeds with the paired bootstrap's interval, and seed by seed."""
-    groups = [
-        {
-            run["config"]["seed"]: np.array(list(run["correct"])) == "1"
-            for run in runs
-            if run["recipe"] == recipe
-            and run["config"]["model"] == "vit"
-            and run["config"]["patch_size"] == size
-            and run["config"]["hidden_size"] == 64
-        }
-        for size in (2, 4)
-    ]
-    difference = np.mean(list(groups[0].values()), axis=0) - np.mean(list(groups[1].values()), axis=0)
-    values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), size=draws)
-    both = sorted(groups[0].keys() & groups[1].keys())
-    by_seed = [float(groups[0][seed].mean() - groups[1][seed].mean()) for seed in both]
-    p = max(mcnemar_p(groups[0][seed], groups[1][seed]) for seed in both)
-    interval = np.quantile(drawn @ values / len(difference), [0.025, 0.975]).tolist()
-    return {"difference": float(difference.mean()), "interval": interval, "seeds": both, "by_seed": by_seed, "p": p}

@@ -42,7 +42,7 @@ SIGN = 30  # seconds between two of these
 ATTEMPTS = 3  # at one configuration: it may be what kills the process
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # towards --trials
 PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {  # of the epochs and the trials
-    # below the median of the trials before it at the same epoch, from the second on
+    # the best so far is below the median that the trials trained to their end had at the same epoch, from the second on
     "median": lambda epochs, trials: MedianPruner(n_startup_trials=max(2, min(5, trials // 4)), n_warmup_steps=2),
     "hyperband": lambda epochs, trials: HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3),
     "none": lambda epochs, trials: NopPruner(),

@@ -174,6 +174,20 @@ def provenance(device: str | torch.device = "cpu") -> dict:
     }
 
 
+def processor_of(provenance: dict) -> str:
+    """The processor that a stored figure came from, by what matters to its speed: "AMD EPYC with AVX-512 BF16"."""
+    sets = provenance.get("instruction_sets") or []
+    name = provenance.get("cpu") or ("a processor" if sets else f"an unnamed processor ({provenance['machine']})")
+    sets = sets[2:] or sets[-1:]  # of what the others have too, not a word
+    return name + (f" with {' and '.join(sets)}" if sets else "")
+
+
+def machine_of(provenance: dict) -> str:
+    """The accelerator, or the processor and how many of its threads were used, in words."""
+    threads = provenance["threads"]
+    return provenance["accelerator"] or f"{processor_of(provenance)} ({threads} thread{'s' * (threads > 1)})"
+
+
 def accelerator(device: torch.device) -> str | None:
     """The name of a CUDA card, or MPS; None of a CPU."""
     if device.type == "cuda":

@@ -140,7 +140,8 @@ STORED_RUN = {  # what is needed to repeat a run
     "config": {...: ANYTHING},
 }
 HISTORY = {  # figures/time_to_accuracy_<contender>_<seed>.json, by studies/benchmark.py
-    "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}]
+    "provenance": {...: ANYTHING},
+    "history": [{"epoch": SIZE, "val_accuracy": FRACTION, "wall_seconds": POSITIVE, "cpu_seconds": POSITIVE}],
 }
 BENCHMARK_PARTS = {"settings": {...: ANYTHING}, "parts": {...: ANYTHING}}  # figures/benchmark.json.part, by the same
 WORKERS = {"hidden_size": SIZE, "processes": SIZE, "threads": SIZE, "images_per_second": POSITIVE, "speedup": POSITIVE}

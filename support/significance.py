@@ -96,6 +96,17 @@ def verdict(interval: list[float], p: float) -> str:
     return "above" if low > 0 else "below"
 
 
+def points(difference: float, digits: int = 1) -> str:
+    """A difference of fractions in percentage points, "-0.7"; with one more digit where it would else be 0."""
+    digits += 0 < abs(difference) < 0.5 * 10 ** (-2 - digits)
+    return f"{100 * difference:+.{digits}f}"
+
+
+def interval_text(ends: list[float], digits: int = 1) -> str:
+    """An interval of a difference of fractions, in percentage points: "-1.3 to +0.4"."""
+    return f"{points(ends[0], digits)} to {points(ends[1], digits)}"
+
+
 def wilson(accuracy: float, images: int) -> list[float]:
     """95 % interval `[low, high]` of an accuracy on that many test images (Wilson 1927): what other images of the same
     kind might have given. It says nothing about other seeds."""

@@ -110,10 +110,10 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
     data = benchmark.synthetic_data(256)
     monkeypatch.setattr(peers, "load_data", lambda *args: data)
     monkeypatch.setattr(benchmark, "TARGET", 0.01)
-    run_main("studies.benchmark", "--time_to_accuracy", "--seeds", 1, "--stop_at", 0.01, "--output_dir", tmp_path)
+    run_main("studies.benchmark", "--time_to_accuracy", "--seeds", 1, "--output_dir", tmp_path)
     for contender in ("reference", "quick"):
         report = json.loads((tmp_path / f"time_to_accuracy_{contender}_0.json").read_text(encoding="utf-8"))
-        assert report["config"]["contender"] == contender and len(report["history"]) == 1
+        assert report["contender"] == contender and len(report["history"]) == 1
     assert "| reference | " in re.sub(" +", " ", capsys.readouterr().out)
     together = json.loads((tmp_path / "time_to_accuracy.json").read_text(encoding="utf-8"))
     assert together["reached"]["quick"] == report["history"]
@@ -123,19 +123,24 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("settings", "best", "taken"),
-    [
-        ({}, 0.5, True),  # earlier versions did not store them
-        ({"threads": 1, "stop_at": 0.4}, 0.7, True),
-        ({"threads": 1, "stop_at": 0.4}, 0.5, False),
-        ({"threads": 1, "stop_at": 1.0}, 0.5, True),
-        ({"threads": 2, "stop_at": 1.0}, 0.7, False),
-    ],
+    ("changes", "taken"),
+    [({}, True), ({"cpu": "other"}, False), ({"threads": 64}, False), ({"torch": "1.0"}, False), ({"date": "1"}, True)],
 )
-def test_a_history_is_taken_if_it_says_when_the_target_was_reached(tmp_path, settings, best, taken):
-    path, row = tmp_path / "x.json", {"epoch": 1, "val_accuracy": best, "wall_seconds": 1.0, "cpu_seconds": 1.0}
-    path.write_text(json.dumps({"history": [row], **({"config": settings} if settings else {})}), encoding="utf-8")
-    assert (benchmark.stored_history(path, benchmark.Config()) is not None) == taken
+def test_a_history_is_taken_if_it_was_measured_under_the_same_conditions(tmp_path, changes, taken):
+    path, row = tmp_path / "x.json", {"epoch": 1, "val_accuracy": 0.5, "wall_seconds": 1.0, "cpu_seconds": 1.0}
+    stored = {"history": [row], "provenance": {**benchmark.provenance(), **changes}}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert benchmark.stored_history(path) == ([row] if taken else None)
+
+
+def test_a_whole_run_is_stored_beside_those_to_the_target(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark, "time_run", lambda *args: asked.append(args) or [{"epoch": 1}])
+    run_main("studies.benchmark", "--contender", "quick", "--seed", 3, "--output_dir", tmp_path)
+    (path,) = tmp_path.iterdir()
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert path.name == "whole_run_quick_3.json" and (stored["contender"], stored["seed"]) == ("quick", 3)
+    assert asked == [("quick", 3, 1.0, None)] and stored["history"] == [{"epoch": 1}]
 
 
 def test_whole_runs_are_the_epochs_times_the_median_of_their_parts(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from helpers import ROOT
 import train
 from studies import report, speed_facts, stale
 from studies.prose import find_numbers
-from support.report import read_json, write_json
+from support.report import processor_of, read_json, write_json
 from support.significance import verdict
 
 FILES = ("README.md", "docs/*.md", "docs/templates/*.md", "figures/*.json", "saved/*.json", "saved/studies/*.json")
@@ -231,7 +231,7 @@ def test_the_notebook_gives_the_verdicts_of_the_study():
     ],
 )
 def test_a_processor_is_called_by_what_matters_to_speed(sets, words):
-    assert speed_facts.machine_words({"cpu": "EPYC", "instruction_sets": sets}) == words
+    assert processor_of({"cpu": "EPYC", "instruction_sets": sets}) == words
 
 
 def test_precisions_are_compared_seed_by_seed(tmp_path, monkeypatch):
