@@ -332,7 +332,7 @@ class VisionTransformer(Model):
         pooling: what the head reads: "cls", the CLS token, or "mean", the mean of the patch tokens (no CLS token).
         tokenizer, tokenizer_depth: "patch", or "conv" or "whitened" with this many convolutions in a stage (see
             PatchEmbedding).
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path: stochastic depth of the last block, or the only one; it grows linearly from 0 at the first.
 
     Raises:
         ValueError: sizes that do not go together.
@@ -363,7 +363,8 @@ class VisionTransformer(Model):
         self.embedding = PatchEmbedding(
             img_size, patch_size, hidden_size, in_channels, tokenizer, tokenizer_depth, cls_token=pooling == "cls"
         )
-        rates = (drop_path * block / max(1, num_blocks - 1) for block in range(num_blocks))
+        shares = [block / (num_blocks - 1) for block in range(num_blocks)] if num_blocks > 1 else [1]
+        rates = (drop_path * share for share in shares)
         self.blocks = nn.ModuleList(TransformerBlock(hidden_size, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, output_size)

@@ -143,7 +143,6 @@ class Runner:
             raise ValueError(f"nothing to train: {epochs} epochs of {len(train_loader)} batches")
         self.steps_per_epoch = len(train_loader)
         self.total_steps = self.step - self.batch + steps_in(epochs, self.steps_per_epoch)
-        self.stop = False
         self._call("train_start")
         while (self.batch or self.step < self.total_steps) and not self.should_stop():
             self.model.train()
@@ -165,6 +164,7 @@ class Runner:
                 last = (f"{name} {values[-1]:.4f}" for name, values in self.metrics.items() if values)
                 print(f"epoch {self.epoch}/{self.total_epochs}:", ", ".join(last), flush=True)
             self._call("epoch_end")
+        self.stop = False
         return self.metrics
 
     @property
@@ -188,7 +188,8 @@ class Runner:
         # fp16's scaler looks for infinite gradients itself, and leaves such steps out
         norm = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
         self._unread.append((self.step + 1, torch.cat([totals, norm[None]])))
-        read_now = self.skip_nonfinite or self.device.type == "cpu" or len(self._unread) >= READ_EVERY
+        last = self.steps_per_epoch is not None and self.batch + 1 >= self.epoch_steps
+        read_now = self.skip_nonfinite or self.device.type == "cpu" or last or len(self._unread) >= READ_EVERY
         if not read_now or self.read_steps():
             self.totals += totals
             self.scaler.step(self.optimizer)

@@ -185,11 +185,11 @@ def dependent_defaults(config: Config) -> dict:
 
 
 def with_defaults(config: Config, **changes) -> Config:
-    """The config with these changes, and what comes with them where nothing was typed."""
+    """The config with these changes, and what comes with them where neither flags nor an earlier run say otherwise."""
     changed = copy.copy(config)
     vars(changed).update(changes)
-    untyped = {name: value for name, value in dependent_defaults(changed).items() if name not in config.given}
-    vars(changed).update(untyped)
+    values = {name: value for name, value in dependent_defaults(changed).items() if name not in config.settled}
+    vars(changed).update(values)
     return changed
 
 
@@ -230,7 +230,8 @@ def set_first_weights(model: Model, data: Dataset, config: Config) -> None:
                 load_timm_weights(model, config.pretrained_file)
         data.mean, data.std = model.mean, model.std
     elif config.whiten and hasattr(model, "whiten"):
-        model.whiten(next(iter(data.loader("train", 5000)))[0])
+        images = 5000 * min(1, (32 / data.image_size) ** 2)  # of larger ones fewer, which have as many patches
+        model.whiten(next(iter(data.loader("train", max(1, int(images)))))[0])
     if config.freeze == "backbone":
         freeze_backbone(model)
 

@@ -22,8 +22,8 @@ import train
 from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
 from support.report import provenance, read_json, write_results
-from training.checkpoints import is_checkpoint
-from training.options import OWN, in_todays_words, without_effect
+from training.checkpoints import in_todays_words, is_checkpoint
+from training.options import OWN, without_effect
 
 Runs = dict[str, str]  # name -> flags to train.py
 

@@ -15,7 +15,8 @@ from studies import ablation, compare, crossval
 from support import cli
 from support.files import CheckpointError
 from support.report import read_json
-from training.options import OWN, in_todays_words, without_effect
+from training.checkpoints import in_todays_words
+from training.options import OWN, without_effect
 
 OF_CROSSVAL = {"folds", "jobs", "fold"}  # what differs between its runs, and its own fields
 NOT_REPEATED = {"--name": 1, "--output_dir": 1, "--threads": 1, "--gif_frames": 1, "--resume": 0}  # flags, their values

@@ -268,7 +268,7 @@ class Search:
             title, width = f"trial {trial.number} ({begun} of {self.trials})", shutil.get_terminal_size().columns
             print("\n" + textwrap.fill(f"{title}: {chosen}", width, subsequent_indent="  ", break_on_hyphens=False))
             flags = [*shlex.split(f"{self.common} {chosen}"), "--gif_frames", "0", "--output_dir", str(folder)]
-            with signals_as_before(), cli.calling_another():
+            with cli.calling_another():
                 train.main(flags, [Watch(trial, self.deadline, self.parent)])
         except optuna.TrialPruned:
             return TrialState.PRUNED, "", None

@@ -39,7 +39,8 @@ _says_files = True
 def parse(
     config_class: type[T], args: list[str] | None = None, *layers: Callable[[T], dict], remember: bool = True
 ) -> T:
-    """The dataclass `config_class` with the values that the flags give; its `given` are the names of those typed.
+    """The dataclass `config_class` with the values that the flags give; its `given` are the names of those typed, its
+    `settled` also those of the last of the layers.
 
     A flag may be written with dashes or underscores. What is not known ends the program with one line on stderr and
     exit code 2.
@@ -62,12 +63,13 @@ def parse(
     parser = _build_parser(config_class)
     given = _given(config_class, flags)
     config = config_class(**_values(parser, flags))
-    config.given = given
+    config.given = config.settled = given
     with one_line_errors():
         for layer in layers:
-            parser.set_defaults(**layer(config))
+            values = layer(config)
+            parser.set_defaults(**values)
             config = config_class(**_values(parser, flags))
-            config.given = given
+            config.given, config.settled = given, given | values.keys()
     return config
 
 

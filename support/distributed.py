@@ -158,14 +158,18 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process of each machine does this alone, a download say; then the others do it, and find it done."""
-    done = f"turn {next(_turns)} of machine {os.environ.get('GROUP_RANK', 0)} is over"
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world_size() > 1 and not first:
-        _store.wait([done], PATIENCE)
+    """The first process of each machine does this alone, a download say; then the others do it, and find it done. None
+    goes on before all are through, as it would wait for the others less patiently then."""
+    if world_size() == 1:
+        yield
+        return
+    turn, number = f"turn {next(_turns)} of machine {os.environ.get('GROUP_RANK', 0)}", int(os.environ["LOCAL_RANK"])
+    over = [f"{turn}, process {i}" for i in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
+    if number > 0:
+        _store.wait(over[:1], PATIENCE)
     yield
-    if world_size() > 1 and first:
-        _store.set(done, "")
+    _store.set(over[number], "")
+    _store.wait(over, PATIENCE)
 
 
 def broadcast(make: Callable[..., Any], *args: Any) -> Any:

@@ -177,7 +177,7 @@ def begin_with(convolution: nn.Conv2d, filters: torch.Tensor) -> None:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers a model has to learn."""
+    """How many numbers its weights are, with those that are frozen."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +34,8 @@ def start(script: str, *args, **options) -> subprocess.Popen:
 
 
 def run_main(script: str, *args) -> None:
-    """The same in this process, which saves importing torch; signals are handled as before when it ends."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        importlib.import_module(script.removesuffix(".py")).main([str(arg) for arg in args])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    """The same in this process, which saves importing torch."""
+    importlib.import_module(script.removesuffix(".py")).main([str(arg) for arg in args])
 
 
 def outcome(script: str, *args) -> tuple[int, str]:

@@ -49,6 +49,20 @@ def test_the_average_is_the_exponential_one_of_weights_and_buffers(digits, token
     assert any("running_var" in name for name in averaged) == (tokenizer == "conv")
 
 
+def test_tables_of_indices_are_no_averages():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+            self.register_buffer("places", torch.arange(2401) % 97)
+
+    runner = Runner(Shifted(), None, None, "cpu")
+    average = WeightAverage(runner, 0.999)
+    for _ in range(50):
+        average.step_end(runner)
+    assert torch.equal(runner.eval_model.places, runner.model.places)
+
+
 def test_validation_and_test_are_of_the_average_and_training_is_not_touched(digits):
     plain, train_loader, val_loader = vit_runner(digits)
     plain.train(train_loader, val_loader, epochs=2)

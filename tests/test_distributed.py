@@ -288,6 +288,21 @@ def test_processes_whose_torchrun_is_gone_before_they_meet_end_with_one_line(mon
         assert capsys.readouterr().err.count("torchrun does not answer") == lines
 
 
+def test_the_first_process_waits_longer_for_what_is_done_in_turns(tmp_path):
+    """Reading a folder may take longer than a process that hangs is waited for."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import datetime, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom support import distributed\n"
+        "with distributed.processes():\n"
+        "    import torch.distributed as dist\n"
+        "    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=6))\n"
+        "    with distributed.main_process_first():\n        time.sleep(8)\n"
+        "    print(distributed.all_reduce(1))\n"
+    )
+    printed, complaints = torchrun(2, script).communicate(timeout=60)
+    assert printed == "2\n", complaints
+
+
 def test_a_process_that_hangs_ends_soon_after_torchrun(tmp_path):
     if os.name == "nt":
         pytest.skip("sends signals")

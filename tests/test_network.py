@@ -424,6 +424,7 @@ def test_drop_path_keeps_the_expectation():
 def test_drop_path_grows_linearly_over_the_blocks():
     model = VisionTransformer(num_blocks=5, drop_path=0.2)
     assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert VisionTransformer(num_blocks=1, drop_path=0.2).blocks[0].drop_path == 0.2  # it is the last one
 
 
 # -------------------------------------------------------------------------------------------------- bad sizes

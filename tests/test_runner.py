@@ -103,9 +103,13 @@ def test_where_reading_makes_an_accelerator_wait_the_same_metrics_are_read_later
             runner._to_device = lambda *tensors: tensors
             runner.test = lambda loader: (0.0, 0.0)
         runner.read_steps = lambda reads=reads, read=read: reads.append(1) or read()
+        unread = []
+        runner.callbacks.append(Calls(step_end=lambda runner, unread=unread: unread.append(len(runner._unread))))
         runner.train(train_loader, val_loader, epochs=1)
+        # a clock that stops after each step has counted all that was waited for when the epoch ends
+        assert unread == ([0] * 12 if device == "cpu" else [1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 0])
         metrics.append({name: values for name, values in runner.metrics.items() if name.startswith("train")})
-        assert len(reads) == (13 if device == "cpu" else 3)  # of 12 steps
+        assert len(reads) == (13 if device == "cpu" else 4)  # of 12 steps, and once more after them
     assert metrics[0] == metrics[1] and metrics[0]["train_step"] == list(range(1, 13))
 
 

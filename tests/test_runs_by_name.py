@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, SMALL, outcome, refused, run_main, same_weights, start
+from helpers import ROOT, SMALL, outcome, refused, run_main, same_weights, start, train_small
 
 import train
 from images.loader import Dataset
@@ -19,7 +19,7 @@ from network import Model
 from runner import choose_precision
 from support import cli
 from support.report import read_json, write_json
-from training.options import drop_without_effect, name_of
+from training.options import drop_without_effect, name_of, stored_values
 from training.run import Run
 
 TINY = "--dataset digits --model mlp --hidden_size 8 --epochs 1 --batch_size 200 --gif_frames 0 --device cpu".split()
@@ -210,6 +210,56 @@ def test_what_begins_or_ends_where_a_run_goes_on_is_said_by_its_flag(tmp_path, c
     assert "from here on with --ema" in said and "from here on without --patience" in said
 
 
+@pytest.mark.parametrize(
+    ("first", "flags", "said"),
+    [
+        ("--epochs 0.5", "--epochs 2", "ended within its last epoch, after 0.5"),
+        ("--epochs 1", "--lr 0.5", "nothing is left to train with lr was 0.006 and is 0.5: raise --epochs"),
+        ("--epochs 1", "--epochs 2 --layer_decay 0.5", "layer_decay cannot change from 1"),
+    ],
+)
+def test_a_run_that_has_ended_does_not_go_on_where_that_would_be_false(tmp_path, capsys, first, flags, said):
+    train_small(tmp_path, "--name", "mine", "--keep_checkpoint", *first.split())
+    report = (tmp_path / "saved" / "mine.json").read_bytes()
+    with pytest.raises(SystemExit):
+        train_small(tmp_path, "--name", "mine", *flags.split(), "--resume", "--resume_changed")
+    assert said in capsys.readouterr().err and (tmp_path / "saved" / "mine.json").read_bytes() == report
+
+
+def test_a_run_with_minutes_goes_on_with_epochs(tmp_path, capsys):
+    interrupt(tmp_path, "--minutes", "60", "--gif_frames", "0")
+    flags = ["--resume", "--resume_changed", "--name", "mine", "--output_dir", tmp_path]
+    run_main("train.py", *flags, "--epochs", "13")
+    report = json.loads((tmp_path / "saved" / "mine.json").read_text(encoding="utf-8"))
+    assert "from here on without --minutes" in capsys.readouterr().out
+    assert (report["config"]["epochs"], report["config"]["minutes"]) == (13, None)
+
+
+def test_another_optimizer_than_the_stored_runs_has_rates_of_its_own(tmp_path):
+    stored = tmp_path / "stored.json"
+    stored.write_text(json.dumps({"results": {}, "config": {"optimizer": "muon", "lr": 6e-3, "batch_size": 32}}))
+    options = (train.dependent_defaults, stored_values)
+    config = cli.parse(train.Config, ["--config", str(stored), "--optimizer", "adamw"], *options, remember=False)
+    assert (config.lr, config.momentum, config.batch_size) == (train.RATES["adamw"]["lr"], 0.9, 32)
+    again = cli.parse(train.Config, ["--config", str(stored)], *options, remember=False)
+    assert (again.lr, again.momentum) == (6e-3, 0.95)
+
+
+def test_a_stored_runs_values_hold_where_the_data_set_brings_others(tmp_path):
+    stored = tmp_path / "stored.json"
+    stored.write_text(json.dumps({"results": {}, "config": {"dataset": "auto", "epochs": 7}}))
+    options = (train.dependent_defaults, stored_values)
+    config = cli.parse(train.Config, ["--config", str(stored)], *options, remember=False)
+    digits = train.with_defaults(config, dataset="digits")
+    assert (digits.epochs, digits.batch_size) == (7, train.DIGITS["batch_size"])
+
+
+def test_signals_are_as_before_when_a_run_is_over(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_small(tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_run_that_is_under_way_is_not_said_to_be_resumed(tmp_path, capsys):
     interrupt(tmp_path, "--epochs", "200", "--gif_frames", "0")
     with FileLock(tmp_path / "saved" / "mine.lock"), pytest.raises(SystemExit) as stop:
@@ -276,6 +326,7 @@ def test_what_is_typed_beside_config_is_not_blamed_on_the_file(capfd):
         ("--fold 0/5 --val_fraction 0.3", "--val_fraction has no effect with --fold"),
         ("--model mlp --pooling cls", "--pooling has no effect on an MLP"),
         ("--model mlp --momentum 0.5", "--momentum has no effect on an MLP, which has no matrix for Muon"),
+        ("--freeze backbone --drop_path 0.5", "--drop_path has no effect with --freeze backbone"),
         ("--freeze backbone --momentum 0.5", "--momentum has no effect with --freeze backbone, as Muon has no matrix"),
         ("--tokenizer conv --tokenizer_depth 2 --patience 3 --monitor accuracy", ""),
         ("--model cnn", ""),

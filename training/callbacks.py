@@ -19,7 +19,10 @@ from support.files import first_line
 
 
 class Clock:
-    """Counts the seconds of training steps alone, without loading, validation and other callbacks.
+    """Counts the seconds of training steps alone, without loading, validation and what other callbacks do.
+
+    An accelerator's steps take as long as the Runner waits for their results, which is in some of them: a callback that
+    waits for it too comes before the clock in the list.
 
     `seconds` by the clock until now, and `val_seconds`, what that was at each validation. `processor_seconds` are those
     that the processor spent in this process, all threads together, which other work on the machine hardly changes; None
@@ -190,11 +193,15 @@ class WeightAverage:
 
     After step n the average becomes d * average + (1 - d) * weights, where d is `decay`, or (1 + n) / (10 + n) while
     that is less: what came first is soon forgotten in short runs too. Buffers (BatchNorm's running mean and variance)
-    are averaged in the same way. The average is `runner.eval_model`.
+    are averaged in the same way; those of whole numbers, a table of indices say, are the model's own. The average is
+    `runner.eval_model`.
     """
 
     def __init__(self, runner: Runner, decay: float):
         def move(averaged, weights, count):
+            if not averaged[0].is_floating_point():  # all are of one kind
+                torch._foreach_copy_(averaged, weights)
+                return
             n = self.average.n_averaged.item()
             get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, weights, count)
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,32 +74,16 @@ class Checkpoints:
             CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters or images.
         """
         checkpoint = distributed.broadcast(read_checkpoint, self.path)
-        before, now = checkpoint["config"], self.hyperparameters
+        before, now = in_todays_words(checkpoint["config"]), self.hyperparameters
         if self.data and self.data.is_folder:
             free = {*free, "dataset"}  # the pictures themselves are compared, wherever they lie now
         changed = {
             name: f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
-            if before.get(name) != value and name not in free
+            if before.get(name, value) != value and name not in free  # earlier versions did not know all of them
         }
-        if other_images := [changed[name] for name in changed if name in images]:
-            raise CheckpointError(
-                f"{'; '.join(other_images)}: a run goes on with its images; choose another --name for others"
-            )
-        if changed and not changes_allowed:
-            raise CheckpointError(
-                f"{'; '.join(changed.values())}: leave the flag out to go on as before (--resume with --name alone), "
-                "or go on with the change by --resume_changed"
-            )
+        self._require_possible(checkpoint, changed, images, changes_allowed)
         self._require_same_images(checkpoint)
-        progress = checkpoint["runner"]["progress"]
-        if progress["epoch"] + (progress["batch"] > 0) > math.ceil(now["epochs"]):
-            raise CheckpointError(
-                f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
-                f"{now['epochs']}; --epochs must be at least that many, or choose another --name for a new run"
-            )
-        if before["optimizer"] != now["optimizer"]:
-            raise CheckpointError(f"{self.path} does not fit: it holds the state of another optimizer")
         try:
             restore_runner(runner, checkpoint["runner"])
         except (TypeError, ValueError, RuntimeError) as error:
@@ -123,6 +108,40 @@ class Checkpoints:
         for word, names in (("with", now - before), ("without", before - now)):
             if names:
                 print(f"from here on {word} {', '.join(sorted(FLAGS.get(name, name) for name in names))}")
+
+    def _require_possible(
+        self, checkpoint: dict, changed: dict[str, str], images: set[str], changes_allowed: bool
+    ) -> None:
+        """Refuse a run that cannot go on with what has changed: by name, what it was and is."""
+        before, now = in_todays_words(checkpoint["config"]), self.hyperparameters
+        progress = checkpoint["runner"]["progress"]
+        if other_images := [changed[name] for name in changed if name in images]:
+            raise CheckpointError(
+                f"{'; '.join(other_images)}: a run goes on with its images; choose another --name for others"
+            )
+        if changed and not changes_allowed:
+            raise CheckpointError(
+                f"{'; '.join(changed.values())}: leave the flag out to go on as before (--resume with --name alone), "
+                "or go on with the change by --resume_changed"
+            )
+        if progress["epoch"] + (progress["batch"] > 0) > math.ceil(now["epochs"]):
+            raise CheckpointError(
+                f"the run has begun its epoch {progress['epoch'] + (progress['batch'] > 0)}: it cannot end after "
+                f"{now['epochs']}; --epochs must be at least that many, or choose another --name for a new run"
+            )
+        if changed and progress["epoch"] > before["epochs"]:
+            raise CheckpointError(
+                f"the run ended within its last epoch, after {before['epochs']}: it cannot go on to another length; "
+                "choose another --name for a new run"
+            )
+        if changed.keys() - {"epochs"} and progress["epoch"] >= now["epochs"]:
+            raise CheckpointError(
+                f"nothing is left to train with {'; '.join(changed.values())}: raise --epochs, or leave the flag out"
+            )
+        if before["optimizer"] != now["optimizer"]:
+            raise CheckpointError(f"{self.path} does not fit: it holds the state of another optimizer")
+        if (before.get("layer_decay", 1) == 1) != (now.get("layer_decay", 1) == 1):
+            raise CheckpointError("layer_decay cannot change from 1 or to 1: the optimizer's state is in another order")
 
     def _require_same_images(self, checkpoint: dict) -> None:
         done, validations = checkpoint["runner"]["progress"]["epoch"], len(checkpoint["runner"]["metrics"]["val_step"])
@@ -170,6 +189,20 @@ def is_checkpoint(path: Path, interrupted: bool = False) -> bool:
     return not (interrupted and checkpoint["results"])
 
 
+def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config as it would be stored today: earlier versions had other words for some values, began with random
+    filters, and left the momentum as each optimiser has it."""
+    stored = {name: value for name, value in stored.items() if not isinstance(value, list | dict)}
+    stored = {"whiten": False, "momentum": 0.95 if stored.get("optimizer") == "muon" else 0.9, **stored}
+    if folds := stored.pop("folds", None):
+        stored["fold"] = f"{stored.get('fold')}/{folds}"
+    words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
+    words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
+    return {
+        name: words[name][value] if name in words and value in words[name] else value for name, value in stored.items()
+    }
+
+
 def hash_of_seen(data: Dataset) -> str:
     """Of what the model had been trained on before this run, and of the normalisation that comes with it."""
     known = [(data.mean, data.std), data.metadata["seen"]] if data.before else []
@@ -198,10 +231,12 @@ def device_random_state(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_device_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Of as many generators as there are; those of another machine's devices are left alone."""
-    if device.type == "mps" and len(states) == 1:
+    """Of as many generators of one kind as there are; those of another machine's devices are left alone."""
+    if [state.shape for state in states] != [state.shape for state in device_random_state(device)]:
+        return
+    if device.type == "mps":
         torch.mps.set_rng_state(states[0])
-    elif device.type == "cuda" and len(states) == torch.cuda.device_count():
+    elif device.type == "cuda":
         torch.cuda.set_rng_state_all(states)
 
 

@@ -16,7 +16,7 @@ from images.loader import Dataset, join_names, split_names
 from support import cli, distributed, schema
 from support.files import CheckpointError, find_file, home
 from support.report import read_json
-from training.checkpoints import nothing_to_resume, read_checkpoint
+from training.checkpoints import in_todays_words, nothing_to_resume, read_checkpoint
 from training.models import find_model
 
 
@@ -32,7 +32,7 @@ class RunOptions:
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
-    test: bool = True  # the test at the end, as runs do that one chooses by: the test images are not even loaded
+    test: bool = True  # the test at the end, as runs do that one chooses by: no test image is looked at
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
@@ -82,7 +82,7 @@ def stored_values(config) -> dict[str, Any]:
         elif report.exists():
             path, stored = report, read_json(report, schema.STORED_RUN)["config"]
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            return {}  # only the first process has to have the files: Run asks it, and tells all
+            return {}  # a machine without the files: flags have to say there what they hold, else Run refuses
         else:
             raise nothing_to_resume(path)
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
@@ -92,6 +92,10 @@ def stored_values(config) -> dict[str, Any]:
         schema.check(stored, {...: schema.PLAIN}, "config")
         values = {name: value for name, value in in_todays_words(stored).items() if name not in own}
         values = cli.checked_values(type(config), values)
+        if "epochs" in config.given:  # which say how long to train, as --minutes does
+            values.pop("minutes", None)
+        if "optimizer" in config.given and config.optimizer != values.get("optimizer"):
+            values = {name: value for name, value in values.items() if name not in ("lr", "weight_decay", "momentum")}
         as_stored = copy.copy(config)
         vars(as_stored).update(values)
         check(as_stored)
@@ -103,20 +107,6 @@ def stored_values(config) -> dict[str, Any]:
     if config.resume and other_minutes and not config.resume_changed:
         raise ValueError("--minutes changes the epochs of the run: leave it out, or say --resume_changed too")
     return values
-
-
-def in_todays_words(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config as it would be stored today: earlier versions had other words for some values, began with random
-    filters, and left the momentum as each optimiser has it."""
-    stored = {name: value for name, value in stored.items() if not isinstance(value, list | dict)}
-    stored = {"whiten": False, "momentum": 0.95 if stored.get("optimizer") == "muon" else 0.9, **stored}
-    if folds := stored.pop("folds", None):
-        stored["fold"] = f"{stored.get('fold')}/{folds}"
-    words = {"augment": {True: "crop_flip", False: "none"}, "patience": {None: 0}, "ema": {None: 0.0}}
-    words |= {"grad_clip": {None: 0.0}, "fold": {0: None}, "classes": {"": None}}
-    return {
-        name: words[name][value] if name in words and value in words[name] else value for name, value in stored.items()
-    }
 
 
 def same_hyperparameters(stored: dict[str, Any], config) -> bool:
@@ -228,6 +218,7 @@ def without_effect(config, data: Dataset | None = None) -> dict[str, str]:
         "with --freeze backbone, as Muon has no matrix",
         config.optimizer == "muon" and config.freeze != "none",
     )
+    add("layer_decay drop_path", "with --freeze backbone", config.freeze != "none")
     add("resume_changed", "without --resume", not config.resume)
     add("gif_frame_duration", "without a GIF", not config.gif_frames)
     if data is not None:

@@ -102,7 +102,7 @@ class Run:
         """A Runner with clock and progress bar, for as many processes as there are."""
         kind = ParallelRunner if distributed.world_size() > 1 else Runner
         options |= {"device": self.device, "precision": self.config.precision, "verbose": False}
-        callbacks = [OwnNumbers(self.config.seed), self.clock, self.progress]
+        callbacks = [OwnNumbers(self.config.seed), self.progress, self.clock]
         return kind(model, optimizer, callbacks=callbacks, **options)
 
     def callbacks(self, val_loader: Iterable) -> list[object]:
@@ -128,7 +128,7 @@ class Run:
         if self.config.resume:
             ended = self.finished()
             results = ended or self.resume(runner, train_loader)
-            if results and self.has_written(runner, results):
+            if results and distributed.broadcast(self.has_written, runner, results):
                 print(f"this run has finished: {accuracy_of(results)}, {self.paths.model}")
                 return False
             if ended:
@@ -218,7 +218,7 @@ class Run:
             runner.eval_model.save(self.paths.best, **self.data.metadata)
 
     def stop_on_signals(self, runner: Runner) -> None:
-        """Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program at once."""
+        """Until the run is over Ctrl-C or SIGTERM stops the runner after its step; a second one ends the program."""
 
         def stop(number, _frame):
             self.signals.append(number)
@@ -226,7 +226,8 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+            before = signal.signal(number, stop)
+            self._contexts.callback(signal.signal, number, before or signal.SIG_DFL)
 
     def exit_if_interrupted(self, runner: Runner) -> None:
         """After a signal, to any of the processes: write a checkpoint, say how to go on, and end with its exit code."""
@@ -234,7 +235,8 @@ class Run:
         if not number:
             return
         if self.first:
-            self.live.append(runner)
+            if runner.steps_per_epoch or not runner.step:  # else training has not gone on, and nothing is new
+                self.live.append(runner)
             self.checkpoints.write(runner)
         distributed.barrier()
         command = cli.for_shell([*self.launcher(), "--resume", "--name", self.paths.name])

@@ -10,8 +10,8 @@ from typing import Any
 from support import schema
 from support.files import CheckpointError, find_file, home
 from support.report import read_json
-from training.checkpoints import read_checkpoint
-from training.options import OWN, in_todays_words
+from training.checkpoints import in_todays_words, read_checkpoint
+from training.options import OWN
 
 # of a report what is needed here: reports of earlier versions say less, and a run without validation has no such values
 FIGURES = {"accuracy": schema.FRACTION, "loss": schema.NUMBER}
