@@ -142,7 +142,7 @@ def time_run(contender: str, seed: int, stop_at: float, data_dir: str | None, pa
         train_loader = data.loader("train", preset.batch_size, shuffle=True, augment=preset.augment, seed=seed)
         val_loader = data.loader("val", 500)
         optimizer = build_optimizer(model, preset.optimizer, preset.lr, preset.weight_decay, momentum=preset.momentum)
-        schedule = build_schedule(optimizer, steps_in(epochs, len(train_loader)), preset.warmup)
+        schedule = build_schedule(optimizer, steps_in(epochs, len(train_loader)), preset.warmup, preset.schedule)
     else:
         raise ValueError(f"unknown contender {contender!r}: choose reference, {', '.join(PRESETS)} or cct_2")
     criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)

@@ -327,10 +327,13 @@ def outdated(root: Path) -> list[str]:
     accuracy = read_json(root / "saved" / "VisionTransformer.json")["results"]["test_accuracy"]
     of_model = {
         "VisionTransformer_evaluation": ("python evaluate.py saved/VisionTransformer.pt", lambda x: x["accuracy"]),
-        "VisionTransformer_flip_evaluation": (
-            "python evaluate.py saved/VisionTransformer.pt --flip",
-            lambda x: x["without"]["accuracy"],
-        ),
+        **{
+            f"VisionTransformer_{seen.replace(' --', '_')}_evaluation": (
+                f"python evaluate.py saved/VisionTransformer.pt --{seen}",
+                lambda x: x["without"]["accuracy"],
+            )
+            for seen in ("flip", "flip --shift")
+        },
         "VisionTransformer_export": ("python export.py", lambda x: x["rows"]["PyTorch"]["accuracy"]),
         "ensemble": (
             "python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble",

@@ -276,6 +276,14 @@ def test_no_whiten_flag_begins_with_random_filters(tmp_path, model, digits):
     assert not torch.allclose(random, filters, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize(("size", "images"), [(16, 5000), (32, 5000), (128, 312), (4096, 1)])
+def test_filters_that_whiten_take_no_more_memory_on_large_pictures(size, images):
+    asked = []
+    data = SimpleNamespace(image_size=size, loader=lambda part, count: asked.append(count) or [("images", "labels")])
+    train.set_first_weights(SimpleNamespace(whiten=asked.append), data, train.Config())
+    assert asked == [images, "images"]
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam", "sgd"])
 def test_an_optimizer_has_a_learning_rate_and_a_decay_of_its_own_and_the_report_says_so(tmp_path, plain, name):
     model = train_small(tmp_path, "--optimizer", name)
