@@ -161,8 +161,7 @@ class Runner:
                 self._record("val", *self.test(val_loader), self.step)
             self.epoch, self.batch = self.epoch + 1, 0
             if self.verbose:
-                last = (f"{name} {values[-1]:.4f}" for name, values in self.metrics.items() if values)
-                print(f"epoch {self.epoch}/{self.total_epochs}:", ", ".join(last), flush=True)
+                self._print_epoch()
             self._call("epoch_end")
         self.stop = False
         return self.metrics
@@ -267,6 +266,15 @@ class Runner:
             )
         for what, value in (("loss", loss), ("accuracy", accuracy), ("step", step)):
             self.metrics[f"{part}_{what}"].append(value)
+
+    def _print_epoch(self) -> None:
+        """Averages over the images of the epoch that has just ended, and over those of its validation."""
+        loss, correct, images = self.totals.tolist()
+        parts = [("train", loss / max(images, 1), correct / max(images, 1))]  # none where all steps were skipped
+        if self.metrics["val_step"][-1:] == [self.step]:
+            parts.append(("val", self.metrics["val_loss"][-1], self.metrics["val_accuracy"][-1]))
+        texts = (f"{part} loss {loss:.4f} accuracy {accuracy:.2%}" for part, loss, accuracy in parts)
+        print(f"epoch {self.epoch}/{self.total_epochs}: {', '.join(texts)}", flush=True)
 
     def _call(self, event: str) -> None:
         for callback in self.callbacks:

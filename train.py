@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=2 train.py              # in two processes, on two cores or GPUs
 
 Writes saved/<name>.pt (the model), .json (the figures and how they came about) and .csv (every step, while it trains),
-and figures/<name>_curves.png, <name>_attention_maps.png and <name>_animation.gif. The name says what is not default.
+and figures/<name>_curves.png, <name>_attention_maps.png and <name>_animation.gif; without flags the last two are
+figures/attention_maps.png and animation_vit.gif. The name says what is not default.
 """
 
 import copy
@@ -62,11 +63,12 @@ class Config(RunOptions):
     pooling: Literal["mean", "cls"] = "mean"  # what the ViT's head reads: the patches' mean, or a CLS token
     # one strided convolution; a stack of 3x3 convolutions; the same after whitening, with residual branches
     tokenizer: Literal["patch", "conv", "whitened"] = "patch"
-    tokenizer_depth: int = 1  # convolutions in each stage (each halving of the image) of the last two
+    tokenizer_depth: int = 1  # with conv and whitened: convolutions in each stage (each halving of the image)
     drop_path: float = 0.0  # probability of skipping a branch of the last block, rising from 0 at the first block
 
     # weights to start from
-    whiten: bool = True  # first filters of ViT, CNN and ResNet whose answers to the training images are uncorrelated
+    # begin ViT, CNN and ResNet with first filters whose answers to the training images are uncorrelated
+    whiten: bool = True
     init_from: str | None = None  # a file of saved/ with a model like this one; its head is left out
     pretrained: bool = False  # a timm model's published weights, which are downloaded
     pretrained_file: str | None = None  # ... or taken from this file (.safetensors, .pth, .npz)
@@ -83,9 +85,11 @@ class Config(RunOptions):
     # random_erasing, mixup, cutmix
     augment: str = "crop_flip"
     optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # muon for hidden matrices and filters, AdamW for the rest
-    lr: float = 6e-3  # peak learning rate, after warm-up: muon's, see RATES for the others
-    weight_decay: float = 0.05  # on matrices alone: muon's, see RATES for the others
-    momentum: float = 0.95  # part of earlier gradients kept at each step: muon's, see RATES; Adam's first beta
+    lr: float = 6e-3  # peak learning rate, after warm-up: muon's; of the others see RATES in train.py
+    weight_decay: float = 0.05  # on matrices alone: muon's; of the others see RATES in train.py
+    momentum: float = (
+        0.95  # part of earlier gradients kept at each step: muon's, see RATES in train.py; Adam's first beta
+    )
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know

@@ -199,7 +199,7 @@ def draw_classes(study: dict, dataset: str) -> Figure:
     classes = list(rows[0]["only_model"])
     note = (
         "Percent of each class's test images. To the left: only the CNN is right; to the right: only the other model. "
-        "Black: the one minus the other."
+        "Black: right minus left."
     )
     height = 70 + len(recipes) * (20 * len(classes) + 80)
     figure = new_figure(max(120 + 138 * len(models), 800), height, f"Who gets which classes, {dataset}", note)

@@ -53,7 +53,9 @@ def summarise_cost(rows: list[dict], picture: Path) -> dict:
 
 def draw_cost(rows: list[dict], exponents: dict[str, float], path: Path) -> None:
     """Step time and memory against tokens, width, depth and batch, both axes logarithmic: a power law is a line."""
-    note = "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied; slopes are fitted exponents"
+    note = (
+        "hidden 64, 4 heads, 4 blocks, patch 4, batch 128, one of them varied, panels measured apart; slopes are fitted"
+    )
     figure = utils.new_figure(1000, 480, "How a training step's cost grows", note)
     for column, name in enumerate(GROWTH):
         label, sizes = axis_of(name)

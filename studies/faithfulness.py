@@ -210,7 +210,7 @@ def remove_patches(
 def markdown_table(report: dict) -> str:
     """Areas under the curves in percent, with their difference from the random ranking and its 95 % interval."""
     lines = [
-        "| ranking | deletion (lower is better) | against random | insertion (higher is better) | against random |",
+        "| ranking | deletion (lower is better) | minus random | insertion (higher is better) | minus random |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, curves in report["rankings"].items():
@@ -239,7 +239,7 @@ def draw(report: dict, path: Path, title: str) -> Figure:
             axes.plot(percent, accuracy, lw=1.8, label=f"{name}: {100 * curves[kind]['area']:.1f}", **style)
         axes.set_title(headings[panel], size=10.5)
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="patches removed, %", ylabel="accuracy, %")
-        axes.legend(loc=place, title="area under the curve", title_fontsize=9.5)
+        axes.legend(loc=place, title="area under the curve", title_fontsize=8.5, fontsize=8.5, handlelength=1.4)
         axes.grid()
     utils.save_figure(figure, path)
     return figure

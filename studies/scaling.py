@@ -270,7 +270,7 @@ def on_gpus(config: Config, parameters: int, flops: int) -> dict:
 
 def draw(results: dict, path: Path) -> None:
     """Left images/s of threads and processes, right the formula's memory against what was measured."""
-    note = "images/s of training against one thread, batch 128 in all"
+    note = "training against one thread, batch 128 in all; on the bars images/s"
     figure = utils.new_figure(1000, 400, "Threads and processes", note)
     axes = utils.add_axes(figure, 60, 70, 380, 270)
     rows = results["throughput"]
@@ -283,7 +283,7 @@ def draw(results: dict, path: Path) -> None:
     axes.grid(axis="y")
     texts = [f"{p} process{'es' * (p > 1)}\n{t} thread{'s' * (t > 1)}" for p, t in combinations]
     axes.set_xticks(range(len(combinations)), texts)
-    axes.set(ylabel="times one thread; on the bars images/s", ylim=(0, 1.25 * max(row["speedup"] for row in rows)))
+    axes.set(ylabel="speed, in multiples of one thread's", ylim=(0, 1.25 * max(row["speedup"] for row in rows)))
     axes.legend(loc="upper left")
 
     utils.add_text(figure, 520, 28, "Memory of a training step", size=13, weight="bold")

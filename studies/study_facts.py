@@ -22,7 +22,8 @@ def study(root: Path) -> dict:
             found |= {"difference": against["difference"], "interval": against["bca"], "p": against["p_holm"]}
             found |= {"verdict": verdict(against["bca"], against["p_holm"])}
         recipes[row["recipe"]][row["model"]] = found
-    models = [{"plain": recipes["plain"].get(key), "default": row} for key, row in recipes["default"].items()]
+    keys = dict.fromkeys(row["model"] for row in stored["rows"])
+    models = [{recipe: rows.get(key) for recipe, rows in recipes.items()} for key in keys]
     groups = {
         recipe: {
             word: [row for row in rows.values() if row.get("verdict") == word and row["model"].startswith("vit")]
@@ -35,7 +36,9 @@ def study(root: Path) -> dict:
         for recipe, rows in recipes.items()
     }
     with_cls = [
-        (row["plain"], row["default"]) for row in models if row["default"]["model"].startswith("vit") and row["plain"]
+        (row["plain"], row["default"])
+        for row in models
+        if all(row.values()) and row["default"]["model"].startswith("vit")
     ]
     at_equal = {}  # under the default recipe: what the ViTs of about a CNN's size are to it
     for row in stored["equal_parameters"]:

@@ -254,6 +254,17 @@ def test_a_stored_runs_values_hold_where_the_data_set_brings_others(tmp_path):
     assert (digits.epochs, digits.batch_size) == (7, train.DIGITS["batch_size"])
 
 
+def test_the_precision_that_another_machine_chose_is_not_taken_where_it_is_slow(tmp_path, monkeypatch, capsys):
+    train_small(tmp_path, "--name", "first", "--precision", "bf16")
+    monkeypatch.setattr("training.run.has_bf16", lambda device: False)
+    stored = tmp_path / "saved" / "first.json"
+    for flags, precision in (([], "fp32"), (["--precision", "bf16"], "bf16")):
+        train_small(tmp_path, "--name", "again", "--config", stored, *flags)
+        report = json.loads((tmp_path / "saved" / "again.json").read_text(encoding="utf-8"))
+        assert report["config"]["precision"] == precision
+        assert ("precision is fp32 here" in capsys.readouterr().out) == (precision == "fp32")
+
+
 def test_signals_are_as_before_when_a_run_is_over(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train_small(tmp_path)

@@ -32,7 +32,7 @@ class RunOptions:
     resume: bool = False  # go on from the last checkpoint; with --name alone, with that run's own hyperparameters
     resume_changed: bool = False  # ... also where hyperparameters differ from the checkpoint's
     minutes: float | None = None  # in place of epochs: as many as end, with all that the run does, in this time
-    test: bool = True  # the test at the end, as runs do that one chooses by: no test image is looked at
+    test: bool = True  # the test at the end; runs among which you choose do without it, and look at no test image
     checkpoint_minutes: float = 5.0  # a checkpoint is written after every epoch, and this often within one
     keep_checkpoint: bool = False  # keep that of a run that has ended, to go on with more epochs (--resume_changed)
     device: str = "auto"  # auto (MPS, else CUDA, else CPU), cpu, cuda, cuda:1, mps
@@ -41,7 +41,8 @@ class RunOptions:
     # auto is bf16 on GPUs and CPUs that compute in it (AMX, AVX-512 BF16), else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the model for training, which takes half a minute; on a CPU no step is faster
-    gif_frames: int = 40  # most pictures in the GIF, which has eight for one epoch and two for each other; 0: no GIF
+    # most pictures in the GIF, which has eight for the first epoch and two for each further one; 0: no GIF
+    gif_frames: int = 40
     gif_frame_duration: int = 250  # milliseconds that each is shown
     tensorboard: bool = False  # also write scalars and pictures to runs/, for tensorboard --logdir runs
 

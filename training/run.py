@@ -14,7 +14,7 @@ import torch
 import utils
 from images.loader import Dataset, ImageLoader, agree
 from network import MODELS, VisionTransformer
-from runner import NonFiniteLoss, Runner, choose_device, choose_precision, keep_freed_memory
+from runner import NonFiniteLoss, Runner, choose_device, choose_precision, has_bf16, keep_freed_memory
 from support import cli, distributed, schema
 from support.files import CheckpointError, home, short
 from support.model import Model, num_parameters, read_model
@@ -48,7 +48,7 @@ class Run:
             contexts.enter_context(cli.one_line_errors())
             code_version()  # as it is now, not when the run ends
             self.device = choose_device(distributed.device_name(self.config.device))
-            self.config.precision = choose_precision(self.config.precision, self.device)
+            self.config.precision = self.choose_precision()
             if self.config.threads is not None:
                 if not 1 <= self.config.threads <= 1024:
                     raise ValueError(f"threads {self.config.threads} must be from 1 to 1024")
@@ -59,6 +59,19 @@ class Run:
             self.first = distributed.rank() == 0  # of several processes it alone writes
             self._contexts = contexts.pop_all()
         return self
+
+    def choose_precision(self) -> str:
+        """What is asked for; that of a stored run (--config) was its machine's choice, and may be slow on this one."""
+        asked = self.config.precision
+        if (
+            self.config.config
+            and "precision" not in self.config.given
+            and asked == "bf16"
+            and not has_bf16(self.device)
+        ):
+            print("precision is fp32 here: bf16, which the stored run had, would be many times slower")
+            return "fp32"
+        return choose_precision(asked, self.device)
 
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
