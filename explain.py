@@ -24,12 +24,12 @@ from tqdm import tqdm
 import utils
 from images.reading import ImageError, find_images, read_image, to_array
 from network import VisionTransformer
-from runner import choose_device
+from runner import choose_device, eval_mode
 from support import cli
 from support.files import figures_folder
 from support.model import Model
 from training.attention_page import write_page
-from training.heatmaps import eval_mode, mean_of_patches, methods, patch_grid
+from training.heatmaps import mean_of_patches, methods, patch_grid
 from training.trained import data_title, load_model, sample_images, test_loader
 
 PAGE_IMAGES = 24

@@ -5,7 +5,7 @@ import ctypes
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -63,6 +63,17 @@ def keep_freed_memory() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: no tensor has pages of its own
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the end of the heap stays
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """No stochastic depth and no batch statistics; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -186,21 +197,27 @@ class Runner:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         # fp16's scaler looks for infinite gradients itself, and leaves such steps out
         norm = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
-        self._unread.append((self.step + 1, torch.cat([totals, norm[None]])))
-        last = self.steps_per_epoch is not None and self.batch + 1 >= self.epoch_steps
-        read_now = self.skip_nonfinite or self.device.type == "cpu" or last or len(self._unread) >= READ_EVERY
-        if not read_now or self.read_steps():
-            self.totals += totals
-            self.scaler.step(self.optimizer)
-        else:
+        if self.skip_nonfinite and self._is_lost(totals, norm):
             self.skipped += 1
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
+        else:
+            self._unread.append((self.step + 1, torch.cat([totals, norm[None]])))
+            last = self.steps_per_epoch is not None and self.batch + 1 >= self.epoch_steps
+            if self.skip_nonfinite or self.device.type == "cpu" or last or len(self._unread) >= READ_EVERY:
+                self.read_steps()  # before the weights move: what is not finite raises
+            self.totals += totals
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
         self.batch += 1
+
+    def _is_lost(self, totals: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether this batch, and not the weights, is to blame for a loss or gradient that is not finite."""
+        finite = math.isfinite((totals[0] + norm).item())
+        return not finite and all(p.isfinite().all() for p in self.model.parameters())
 
     def add_gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Forward and backward through the batch, part by part; returns its `totals_of`."""
@@ -221,14 +238,12 @@ class Runner:
     def test(self, loader: Iterable) -> tuple[float, float]:
         """Loss and accuracy (a fraction), averaged over the images of `loader`; the model's mode is left as it was."""
         totals = torch.zeros(3, device=self.device)
-        was_training = self.eval_model.training
-        self.eval_model.eval()
-        for images, labels in loader:
-            images, labels = self._to_device(images, labels)
-            if len(labels):
-                logits = self.logits(self.eval_model, images)
-                totals += totals_of(self.eval_criterion(logits, labels), logits, labels)
-        self.eval_model.train(was_training)
+        with eval_mode(self.eval_model):
+            for images, labels in loader:
+                images, labels = self._to_device(images, labels)
+                if len(labels):
+                    logits = self.logits(self.eval_model, images)
+                    totals += totals_of(self.eval_criterion(logits, labels), logits, labels)
         loss, correct, images = self.whole(totals).tolist()
         if not images:
             raise ValueError("the loader has no images")
@@ -246,16 +261,12 @@ class Runner:
 
         return plot_progress(self, val_loader, save_path, classes, title)
 
-    def read_steps(self) -> bool:
-        """Put the steps that are not there yet into `metrics`; returns whether the last one was finite."""
+    def read_steps(self) -> None:
+        """Put the steps that are not there yet into `metrics`."""
         steps, self._unread = self._unread, []
         values = torch.stack([value for _, value in steps]).tolist() if steps else []
         for (step, _), (loss, correct, images, norm) in zip(steps, values, strict=True):
-            lost = not math.isfinite(loss + norm)
-            if lost and self.skip_nonfinite and all(p.isfinite().all() for p in self.model.parameters()):
-                return False
             self._record("train", loss / images, correct / images, step, norm)
-        return True
 
     def _record(self, part: str, loss: float, accuracy: float, step: int, norm: float = 0.0) -> None:
         if not math.isfinite(loss + norm):

@@ -191,7 +191,10 @@ def read_cifar(cifar: Cifar, data_dir: Path, test: bool = True) -> Parts:
     needed = [name for name in cifar.files if test or name != test_file]
     if any(not (folder / name).exists() for name in needed):
         try:
-            unpack(cifar, find_or_download_archive(cifar, data_dir), folder)
+            archive = data_dir / cifar.archive
+            url = os.environ.get(f"{cifar.title.replace('-', '')}_URL", cifar.url)  # CIFAR10_URL, CIFAR100_URL
+            find_or_download(archive, [url], cifar.md5, f" (or the folder {cifar.folder})")
+            unpack(cifar, archive, folder)
         except DownloadError as error:
             missing = [name for name in cifar.files if not (folder / name).exists()]
             if len(missing) < len(cifar.files):  # a broken folder is an error; no folder may fall back to digits
@@ -222,23 +225,6 @@ def read_verified(path: Path, md5: str) -> bytes:
     return contents
 
 
-def find_or_download_archive(cifar: Cifar, data_dir: Path) -> Path:
-    archive = data_dir / cifar.archive
-    if archive.exists():
-        if file_md5(archive) != cifar.md5:
-            raise DataError(f"{archive} is damaged or incomplete (its md5 differs): delete it and try again")
-    else:
-        url = os.environ.get(f"{cifar.title.replace('-', '')}_URL", cifar.url)  # CIFAR10_URL, CIFAR100_URL
-        try:
-            download(url, archive, cifar.md5)
-        except DownloadError as error:
-            raise DownloadError(
-                f"{error}. Put it (or the folder {cifar.folder}) into {data_dir}, or name its place with --data_dir or "
-                "DATA_DIR; train.py --dataset digits does without"
-            ) from None
-    return archive
-
-
 def unpack(cifar: Cifar, archive: Path, folder: Path) -> None:
     """Write the known members of the archive that `folder` lacks; no name inside the archive becomes a path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +251,7 @@ def read_mnist(name: str, data_dir: Path, flip: bool) -> Parts:
     folder = data_dir / name / "raw"
     for file, md5 in tqdm(kind.resources, f"reading {name}", unit="file", leave=False, delay=1):
         path = folder / file
-        find_or_download(name, path, [mirror + file for mirror in kind.mirrors], md5)
+        find_or_download(path, addresses(name, file, kind.mirrors), md5)
         contents, unpacked = gzip.decompress(path.read_bytes()), path.with_suffix("")
         if not unpacked.exists() or unpacked.read_bytes() != contents:  # torchvision does not check what is unpacked
             write_bytes(unpacked, contents)
@@ -286,20 +272,18 @@ def read_svhn(data_dir: Path) -> Parts:
     parts = []
     for part in tqdm(("train", "test"), "reading SVHN", unit="file", leave=False, delay=1):
         url, file, md5 = datasets.SVHN.split_list[part]
-        find_or_download("SVHN", data_dir / file, [url], md5)
+        find_or_download(data_dir / file, addresses("SVHN", file, [url.rpartition("/")[0]]), md5)
         data = datasets.SVHN(data_dir, split=part)
         parts.append(Split(torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)))
     return *parts, [str(digit) for digit in range(10)], False
 
 
-def find_or_download(name: str, path: Path, urls: list[str], md5: str) -> None:
+def find_or_download(path: Path, urls: list[str], md5: str, also: str = "") -> None:
     """Have the file at `path`, with this md5; where it is not, from the first address that gives it."""
     if path.exists():
         if file_md5(path) != md5:
-            raise DataError(f"{path} is damaged or not the genuine file (its md5 differs): delete it and try again")
+            raise DataError(f"{path} is damaged or incomplete (its md5 differs): delete it and try again")
         return
-    if place := os.environ.get(f"{name.upper()}_URL"):  # MNIST_URL, FASHIONMNIST_URL, SVHN_URL
-        urls = [f"{place.rstrip('/')}/{path.name}"]
     failed = []
     for url in urls:
         try:
@@ -307,9 +291,15 @@ def find_or_download(name: str, path: Path, urls: list[str], md5: str) -> None:
         except DownloadError as error:
             failed.append(str(error))
     raise DownloadError(
-        f"{'; '.join(failed)}. Put it into {path.parent}, or name its place with --data_dir or DATA_DIR; "
+        f"{'; '.join(failed)}. Put it{also} into {path.parent}, or name its place with --data_dir or DATA_DIR; "
         "train.py --dataset digits does without"
     )
+
+
+def addresses(name: str, file: str, folders: list[str]) -> list[str]:
+    """Of a file of torchvision's data sets; MNIST_URL, FASHIONMNIST_URL and SVHN_URL name another folder."""
+    place = os.environ.get(f"{name.upper()}_URL")
+    return [f"{folder.rstrip('/')}/{file}" for folder in ([place] if place else folders)]
 
 
 # --------------------------------------------------------------------------------------------------------- digits
@@ -365,9 +355,7 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
 class Config:
     """Prepare and verify the data, say what was found, and save a sheet of sample images."""
 
-    dataset: str = (
-        "cifar10"  # auto (CIFAR-10, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, digits, a folder
-    )
+    dataset: str = "cifar10"  # auto (CIFAR-10, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, a folder
     data_dir: str | None = None  # where the data lie or go; default: the environment's DATA_DIR, else data
     img_size: int = 32  # side in pixels that a folder's pictures are brought to
     figures_dir: str | None = None  # where the sample sheet goes; default: the project's figures/

@@ -28,7 +28,7 @@ from support import cli, distributed
 from training.callbacks import EarlyStopping, WeightAverage, WithProgress, compile_training
 from training.models import build_model, freeze_backbone, load_timm_weights, start_from
 from training.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
-from training.options import RunOptions, check, drop_without_effect, stored_values, whole
+from training.options import RunOptions, check, drop_without_effect, hyperparameters, stored_values, whole
 from training.plan import plan
 from training.presets import PRESETS
 from training.run import Run
@@ -87,9 +87,7 @@ class Config(RunOptions):
     optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # muon for hidden matrices and filters, AdamW for the rest
     lr: float = 6e-3  # peak learning rate, after warm-up: muon's; of the others see RATES in train.py
     weight_decay: float = 0.05  # on matrices alone: muon's; of the others see RATES in train.py
-    momentum: float = (
-        0.95  # part of earlier gradients kept at each step: muon's, see RATES in train.py; Adam's first beta
-    )
+    momentum: float = 0.95  # part of earlier gradients kept at each step: muon's, see RATES; Adam's first beta
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate, after warm-up
     warmup: float = 0.1  # part of all steps in which the learning rate rises to its peak
     layer_decay: float = 1.0  # each layer's rate over that of the layer above; below 1 spares what trained weights know
@@ -127,7 +125,7 @@ def main(args: list[str] | None = None, callbacks: Iterable[object] = ()) -> Non
         drop_without_effect(config, data)
 
         torch.manual_seed(config.seed)
-        model = build_model(config.model, run.hyperparameters, data.image_size, len(data.classes))
+        model = build_model(config.model, hyperparameters(config), data.image_size, len(data.classes))
         set_first_weights(model, data, config)
         run.describe(model, data, usual=dependent_defaults(config))
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
-from support.figures import (  # noqa: F401  (others say utils.new_figure)
+from runner import eval_mode
+from support.figures import (
     BLUE,
     DARK,
     GREEN,
@@ -102,11 +103,8 @@ def draw_progress(
 def plot_progress(runner, loader, path: str | Path | None = None, classes: list[str] | None = None, title: str = ""):
     """`draw_progress` of a Runner and of the first images of `loader`; the model's mode is left as it was."""
     images, labels = next(iter(loader))
-    model = runner.eval_model
-    was_training = model.training
-    model.eval()
-    probabilities = model(images[:6].to(runner.device)).softmax(dim=1).cpu()
-    model.train(was_training)
+    with eval_mode(runner.eval_model):
+        probabilities = runner.eval_model(images[:6].to(runner.device)).softmax(dim=1).cpu()
     if classes is None:
         classes = [str(label) for label in range(probabilities.shape[1])]
     pixels = to_pixels(images[:6].cpu(), getattr(loader, "mean", None), getattr(loader, "std", None))
@@ -337,10 +335,8 @@ def draw_attention(model, loader, classes: list[str], path: str | Path | None = 
     """Attention maps of a Vision Transformer's last block on the first images of an ImageLoader."""
     batch, labels = next(iter(loader))
     batch, labels = batch[:images].to(next(model.parameters()).device), labels[:images]
-    was_training = model.training
-    with torch.no_grad():
-        output = model.eval()(batch, return_attention=True)
-    model.train(was_training)
+    with torch.no_grad(), eval_mode(model):
+        output = model(batch, return_attention=True)
     return visualize_attention_maps(
         batch.cpu(),
         output["attention_weights"].cpu(),

@@ -9,7 +9,6 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from studies.runs import markdown
@@ -100,7 +99,7 @@ def summarise(runs: list[Run], titles: dict[tuple[str, str], str], epochs: int) 
 def summarise_model(runs: list[Run]) -> dict:
     """A row of the table: means over the runs of one model under one recipe."""
     accuracies = [float(run.correct.mean()) for run in runs]
-    means = pd.DataFrame([run.report["results"] for run in runs]).mean(numeric_only=True)
+    results = [run.report["results"] for run in runs]
     return {
         "recipe": runs[0].recipe,
         "model": runs[0].model,
@@ -108,7 +107,10 @@ def summarise_model(runs: list[Run]) -> dict:
         "seeds": [run.seed for run in runs],
         "parameters": runs[0].report["results"]["parameters"],
         "flops": int(runs[0].flops),
-        **{name: float(means[name]) for name in ("training_seconds", "val_accuracy", "test_loss")},
+        **{
+            name: float(np.mean([result[name] for result in results]))
+            for name in ("training_seconds", "val_accuracy", "test_loss")
+        },
         "test_accuracy": float(np.mean(accuracies)),
         "interval": wilson(np.mean(accuracies), len(runs[0].correct)),
         "test_accuracies": accuracies,
@@ -261,8 +263,8 @@ def judge(row: dict) -> str:
 
 def judge_twice(row: dict) -> str:
     """The same of ViTs and CNNs of about their size: by both intervals, over test images and over seeds."""
-    low, high = (f([row["bca"][end], (row["t"] or row["bca"])[end]]) for end, f in ((0, min), (1, max)))
-    return VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
+    lows, highs = zip(row["bca"], row["t"] or row["bca"], strict=True)
+    return verdict([min(lows), max(highs)], p=0.0)
 
 
 def at_equal_parameters(row: dict) -> str:

@@ -238,14 +238,9 @@ def crossval(root: Path) -> dict:
         "each": stored["val_accuracy"]["each"],
         "deviation": stored["val_accuracy"]["std"],
         "chance": math.sqrt(mean * (1 - mean) * stored["folds"] / (TRAINING + HELD_OUT)),
-        "epochs": trained_by(stored)["epochs"],
+        "epochs": stored["trained"]["epochs"],
         "runs": {"crossval": stored},
     }
-
-
-def trained_by(crossval: dict) -> dict:
-    """The folds' config; earlier versions stored it under another name."""
-    return crossval.get("trained") or crossval["config"]
 
 
 def evaluation(root: Path) -> dict:

@@ -5,7 +5,7 @@
     python -m studies.report --stale    # the reports that today's code would not make, and what makes them anew
 
 A page is edited in docs/templates/; those without a template have no measured numbers. What a template can name is in
-studies/facts.py and studies/speed_facts.py, how it is written in FILTERS below.
+studies/facts.py and the other studies/*_facts.py, how it is written in FILTERS below.
 """
 
 import json

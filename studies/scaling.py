@@ -44,7 +44,7 @@ class Config:
     """Measure how training scales on this machine, and plan a large run on paper."""
 
     # what is measured
-    only: tuple[Literal["throughput", "memory", "plan"], ...] = ("throughput", "memory", "plan")
+    only: tuple[Literal["throughput", "memory", "plan"], ...] = ("throughput", "memory", "plan")  # some of these
     workers: int = 2  # most threads, and most processes, that throughput is measured with
     turns: int = 3  # of each combination, by turns
     output_dir: str | None = None  # where the results go; default: the project's figures/
@@ -53,7 +53,7 @@ class Config:
     images: int = 1_281_167  # training images of ImageNet-1k
     epochs: int = 300  # as in DeiT (Touvron et al. 2021)
     batch_size: int = 1024  # of all GPUs together, the same source
-    machines: int = 1
+    machines: int = 1  # with as many GPUs each
     gpus: int = 8  # of each machine
     peak_tflops: float = 312  # of a GPU in bf16: the data sheet of an A100
     utilisation: float = 0.35  # part of the peak that training reaches: an assumption, 0.3 to 0.5 are usual

@@ -59,26 +59,17 @@ def parse(
         _print_everything()
         _program = ["-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)] if in_folder else [path.name]
         _args = args
-    flags = [_with_underscores(arg) for arg in args]
-    parser = _build_parser(config_class)
-    given = _given(config_class, flags)
-    config = config_class(**_values(parser, flags))
-    config.given = config.settled = given
+    typed = vars(_build_parser(config_class).parse_args([_with_underscores(arg) for arg in args]))
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    config, values = config_class(**typed), {}
+    config.given = config.settled = frozenset(typed)
     with one_line_errors():
         for layer in layers:
-            values = layer(config)
-            parser.set_defaults(**values)
-            config = config_class(**_values(parser, flags))
-            config.given, config.settled = given, given | values.keys()
+            latest = layer(config)
+            values |= latest
+            config = config_class(**{**values, **typed})
+            config.given, config.settled = frozenset(typed), typed.keys() | latest.keys()
     return config
-
-
-def _given(config_class: type, flags: list[str]) -> frozenset[str]:
-    """The names of what is typed, whatever its value."""
-    parser = _build_parser(config_class)
-    for action in parser._actions:  # argparse has no public list of its flags
-        action.default = argparse.SUPPRESS
-    return frozenset(vars(parser.parse_args(flags)))
 
 
 def checked_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -167,17 +158,13 @@ def _with_underscores(arg: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else arg
 
 
-def _values(parser: argparse.ArgumentParser, flags: list[str]) -> dict[str, Any]:
-    values = vars(parser.parse_args(flags))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 def _build_parser(config_class: type) -> _Parser:
     description = inspect.cleandoc(config_class.__doc__)
     page = sys.modules[config_class.__module__].__doc__ or ""
     examples = [line.partition("#")[0].rstrip() for line in page.splitlines() if re.match(" +(python|torchrun) ", line)]
     usage = "\n".join(["", *examples]).replace("%", "%%") or None
-    parser = _Parser(usage=usage, description=description, allow_abbrev=False)
+    # what is not typed is left out: the dataclass has the defaults
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = {"options": parser}
     hints, fields = get_type_hints(config_class), {field.name: field for field in dataclasses.fields(config_class)}
     for name, (title, text) in flag_groups(config_class).items():
@@ -194,8 +181,8 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
     if hint is bool:
         # the one that does not change the default is for runs that are repeated or go on, and is not in the help
         help_texts = (argparse.SUPPRESS, f"turn off: {text}") if default else (text, argparse.SUPPRESS)
-        group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help_texts[0])
-        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=help_texts[1])
+        group.add_argument(f"--{name}", dest=name, action="store_true", help=help_texts[0])
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", help=help_texts[1])
         return
     options = {"help": text}
     if type(None) in get_args(hint):  # X | None
@@ -207,13 +194,15 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
         options["choices"] = get_args(hint)
         hint = type(get_args(hint)[0])
     if default is dataclasses.MISSING:
+        if options.get("nargs") == "*":
+            options["default"] = []
         group.add_argument(name, type=hint, **options)
         return
     if default not in (None, ()):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         options["help"] += f" (default: {shown})".replace("%", "%%")
     metavar = None if "choices" in options else hint.__name__.upper()
-    group.add_argument(f"--{name}", type=hint, default=default, metavar=metavar, **options)
+    group.add_argument(f"--{name}", type=hint, metavar=metavar, **options)
 
 
 @functools.cache  # it reads source code, and is asked for often

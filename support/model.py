@@ -20,6 +20,7 @@ class Model(nn.Module):
     it, and says of itself what the optimiser and fine-tuning need to know."""
 
     def __new__(cls, *args, **kwargs):
+        """Note the constructor's arguments in `config`."""
         model = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(model, *args, **kwargs)
         bound.apply_defaults()

@@ -87,6 +87,12 @@ def test_every_flag_that_is_printed_exists(page):
         cli.parse(module.Config, [arg for arg in args if arg != "--help"], *layers, remember=False)
 
 
+def test_every_flag_has_a_text():
+    for script in sorted({script for _, script, _ in ALL}):
+        groups = cli.flag_groups(importlib.import_module(script).Config)
+        assert not [name for name, (_, text) in groups.items() if not text], script
+
+
 @pytest.mark.parametrize(
     ("script", "typed"),
     [

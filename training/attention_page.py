@@ -24,8 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from network import VisionTransformer
+from runner import eval_mode
 from support.files import write_bytes
-from training.heatmaps import eval_mode, relevance_of_tokens, roll_out
+from training.heatmaps import relevance_of_tokens, roll_out
 from training.trained import data_title
 from utils import COLOR_MAP, OPACITY
 

@@ -5,8 +5,7 @@ Every method takes normalised images `(batch, 3, height, width)` and returns hea
 reaches (the right and bottom edge, if the patch size does not divide the image) they are 0.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from network import CNN, ResNet20, VisionTransformer
+from runner import eval_mode
 
 # --------------------------------------------------------------------------------------- heat maps out of attention
 
@@ -209,17 +209,6 @@ def _target(logits: torch.Tensor, target) -> torch.Tensor:
     if not ((target >= 0) & (target < logits.shape[1])).all():
         raise ValueError(f"target {target.tolist()}: the model has classes 0 to {logits.shape[1] - 1}")
     return target.expand(len(logits))
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No stochastic depth and no batch statistics; the model's mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def methods(model: nn.Module, signed: bool = False) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

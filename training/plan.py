@@ -5,7 +5,6 @@ epochs that fit. While training `Deadline` corrects the number of steps where th
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -25,11 +24,12 @@ from tqdm import tqdm
 from images.loader import Dataset
 from runner import Runner, steps_in
 from support import schema
-from support.files import ROOT
+from support.files import ROOT, CheckpointError
+from support.report import read_json
 from training.live import draws_frame, num_frames
 from training.models import build_model, freeze_backbone
 from training.optim import build_optimizer, schedule_factor, set_position
-from training.options import whole
+from training.options import hyperparameters, whole
 from training.presets import PRESETS
 
 FEWEST_STEPS = 20
@@ -114,8 +114,8 @@ def guess_accuracy(curve: list[float], epochs: float) -> float:
 
 def stored_curve(preset: str) -> list[float] | None:
     try:
-        return json.loads((ROOT / STORED[preset]).read_text(encoding="utf-8"))["metrics"]["val_accuracy"]
-    except (OSError, KeyError, ValueError):
+        return read_json(ROOT / STORED[preset])["metrics"]["val_accuracy"]
+    except (CheckpointError, KeyError):
         return None
 
 
@@ -127,8 +127,7 @@ def measure(config, data: Dataset, device: torch.device, seconds: float = 4.0) -
     about `seconds`; random state is left as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
-        hyperparameters = dataclasses.asdict(config)
-        model = build_model(config.model, hyperparameters, data.image_size, len(data.classes))
+        model = build_model(config.model, hyperparameters(config), data.image_size, len(data.classes))
         if config.freeze == "backbone":
             freeze_backbone(model)
         options = {"shuffle": True, "augment": config.augment, "seed": config.seed}

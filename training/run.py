@@ -83,11 +83,6 @@ class Run:
             if error is not None:
                 raise error
 
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """All of the config that does not concern the run alone, by name."""
-        return hyperparameters(self.config)
-
     def describe(self, model: Model, data: Dataset, usual: dict[str, Any]) -> None:
         """Say what is trained on what, and name the files after it; nothing is written yet.
 
@@ -96,7 +91,7 @@ class Run:
         """
         config, self.data = self.config, data
         distributed.require_same(
-            "hyperparameters and images", f"{self.hyperparameters} {data.name} {data.fingerprints}"
+            "hyperparameters and images", f"{hyperparameters(config)} {data.name} {data.fingerprints}"
         )
         name = config.name or name_of(model.title, data, config, usual)
         self.paths = Paths(Path(config.output_dir or home()), name)
@@ -183,7 +178,7 @@ class Run:
             raise nothing_to_resume(self.paths.checkpoint)
         groups = cli.flag_groups(type(self.config))
         images = {name for name, (title, _) in groups.items() if title == "data"}
-        free = {name for name in groups if name not in self.hyperparameters}
+        free = {name for name in groups if name not in hyperparameters(self.config)}
         return self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
 
     def set_aside(self) -> None:

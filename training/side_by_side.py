@@ -83,15 +83,10 @@ def show(paths: tuple[str, ...], defaults: dict, sort: str, each: bool, folder: 
     return rows
 
 
-def comparable(value: Any) -> Any:
-    """Earlier versions wrote 0 for None, and the reverse."""
-    return value or None
-
-
 def differences(runs: list[StoredRun], each: bool) -> list[str]:
     """The hyperparameters that are not the same in all runs that know them; the seed where each has a row."""
     names = dict.fromkeys(name for run in runs for name in run.config)
-    found = {name: {comparable(run.config[name]) for run in runs if name in run.config} for name in names}
+    found = {name: {run.config[name] for run in runs if name in run.config} for name in names}
     own = OWN_COLUMNS if each else {*OWN_COLUMNS, "seed"}
     return [name for name, values in found.items() if len(values) > 1 and name not in own]
 
@@ -101,7 +96,7 @@ def group(runs: list[StoredRun], differing: list[str], each: bool) -> list[Row]:
     has not finished has a row of its own."""
     groups, again = {}, {}
     for run in runs:
-        key = tuple(comparable(run.config.get(name)) for name in ("model", "epochs", *differing))
+        key = tuple(run.config.get(name) for name in ("model", "epochs", *differing))
         if each or not run.finished:
             key = (run.name,)
         members = groups.setdefault(key, [])
@@ -165,11 +160,11 @@ def describe(runs: list[StoredRun], rows: list[Row]) -> list[str]:
         notes.append(f"Left out, as the same run with the same seed is there already: {', '.join(again[:4])}{more}.")
     if not all(row.finished for row in rows):
         notes.append("* not finished: interrupted, or still running; its last epoch until now.")
-    names = [name for name in VALIDATION_IMAGES if len({comparable(run.config.get(name)) for run in runs}) > 1]
+    names = [name for name in VALIDATION_IMAGES if len({run.config.get(name) for run in runs}) > 1]
     images = {}
     for run in runs:
         if run.images is not None:
-            same = tuple(comparable(run.config.get(name)) for name in ("dataset", "classes", "label_fraction"))
+            same = tuple(run.config.get(name) for name in ("dataset", "classes", "label_fraction"))
             images.setdefault(same, set()).add(run.images)
     if any(len(marks) > 1 for marks in images.values()):
         names.append("pictures in the folder")

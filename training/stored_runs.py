@@ -155,5 +155,4 @@ def hyperparameters(config: dict, defaults: dict, path: Path) -> dict[str, Any]:
     config = in_todays_words(config)
     if config.get("dataset") == "auto":
         config["dataset"] = "digits" if path.stem.endswith("_digits") else "cifar10"
-    merged = {name: value for name, value in {**defaults, **config}.items() if name not in NOT_LEARNED}
-    return {name: str(value) if isinstance(value, list | tuple | dict) else value for name, value in merged.items()}
+    return {name: value for name, value in {**defaults, **config}.items() if name not in NOT_LEARNED}
