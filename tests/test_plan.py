@@ -332,6 +332,18 @@ def test_measuring_leaves_random_state_and_data_alone(digits):
     assert all(0 < value < 60 for value in vars(costs).values())
 
 
+def test_a_model_is_measured_with_the_arguments_that_it_is_trained_with(digits, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch.nn as nn\n\nclass Mine(nn.Module):\n"
+        "    def __init__(self, output_size, device='cpu'):\n        super().__init__()\n"
+        "        self.head = nn.Linear(3072, output_size, device=device)\n"
+        "    def forward(self, x):\n        return self.head(x.flatten(1))\n"
+    )
+    flags = ["--model", f"{tmp_path / 'mine.py'}:Mine", "--optimizer", "adamw", "--precision", "fp32"]
+    config = cli.parse(train.Config, flags, train.dependent_defaults, remember=False)
+    assert measure(config, digits, torch.device("cpu"), seconds=0.1).step > 0
+
+
 def test_a_plan_without_validation_images_has_none_to_wait_for(digits):
     config = cli.parse(train.Config, [*SMALL, "--val_fraction", "0"], train.dependent_defaults, remember=False)
     config.precision = "fp32"
