@@ -355,7 +355,7 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
 class Config:
     """Prepare and verify the data, say what was found, and save a sheet of sample images."""
 
-    dataset: str = "cifar10"  # auto (CIFAR-10, else digits), cifar10, cifar100, mnist, fashionmnist, svhn, a folder
+    dataset: str = "cifar10"  # auto (cifar10 or digits), cifar10, cifar100, mnist, fashionmnist, svhn, digits, a folder
     data_dir: str | None = None  # where the data lie or go; default: the environment's DATA_DIR, else data
     img_size: int = 32  # side in pixels that a folder's pictures are brought to
     figures_dir: str | None = None  # where the sample sheet goes; default: the project's figures/

@@ -117,7 +117,7 @@ FINE_TUNING_RATE = 5e-4  # of AdamW and Adam on timm's published weights, as in 
 
 
 def main(args: list[str] | None = None, callbacks: Iterable[object] = ()) -> None:
-    config = cli.parse(Config, args, dependent_defaults, stored_values)
+    config = with_defaults(cli.parse(Config, args, dependent_defaults, stored_values))
     with Run(config) as run:  # sets up processes, device and precision; prints an error as one line
         check(config)
         data = load_images(config)

@@ -51,7 +51,7 @@ def study(root: Path) -> dict:
         "missing": stored["missing"],
         "groups": groups,
         "others": sum(len(rows) for rows in groups["plain"].values()),
-        "plain_largest_p": max(row["p"] for row in groups["plain"]["below"]),
+        "plain_largest_p": max((row["p"] for row in groups["plain"]["below"]), default=1.0),
         "sizes": {recipe: list(accuracies) for recipe, accuracies in patches.items()},
         "patches": {recipe: list(accuracies.values()) for recipe, accuracies in patches.items()},
         "gains": {

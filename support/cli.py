@@ -37,18 +37,22 @@ _says_files = True
 
 
 def parse(
-    config_class: type[T], args: list[str] | None = None, *layers: Callable[[T], dict], remember: bool = True
+    config_class: type[T],
+    args: list[str] | None = None,
+    dependent: Callable[[T], dict] = lambda config: {},
+    stored: Callable[[T], dict] = lambda config: {},
+    remember: bool = True,
 ) -> T:
-    """The dataclass `config_class` with the values that the flags give; its `given` are the names of those typed, its
-    `settled` also those of the last of the layers.
+    """The dataclass `config_class` with the values that the flags give; its `given` are the names of what was typed,
+    its `settled` also those of what `stored` gave.
 
     A flag may be written with dashes or underscores. What is not known ends the program with one line on stderr and
     exit code 2.
 
     Args:
         args: the flags; None takes the command line's.
-        layers: each gives, of a config, values that take the place of defaults because of flags: those of a preset,
-            say. A later one goes before an earlier one, and what is typed before both.
+        dependent: gives, of a config, values that take the place of defaults because of flags: those of a preset, say.
+        stored: the same of an earlier run. They go before those, and what is typed before both.
         remember: whether this is the program's own command line, which `command` gives and errors are named after.
     """
     global _program, _args
@@ -61,14 +65,15 @@ def parse(
         _args = args
     typed = vars(_build_parser(config_class).parse_args([_with_underscores(arg) for arg in args]))
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    given = frozenset(name for name, value in typed.items() if value != ())  # () is of what may be left out
     config, values = config_class(**typed), {}
-    config.given = config.settled = frozenset(typed)
+    config.given = config.settled = given
     with one_line_errors():
-        for layer in layers:
+        for layer in (dependent, stored):
             latest = layer(config)
             values |= latest
             config = config_class(**{**values, **typed})
-            config.given, config.settled = frozenset(typed), typed.keys() | latest.keys()
+            config.given, config.settled = given, given | latest.keys()
     return config
 
 

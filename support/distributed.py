@@ -163,12 +163,12 @@ def main_process_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    turn, number = f"turn {next(_turns)} of machine {os.environ.get('GROUP_RANK', 0)}", int(os.environ["LOCAL_RANK"])
-    over = [f"{turn}, process {i}" for i in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
-    if number > 0:
-        _store.wait(over[:1], PATIENCE)
+    turn, on_machine = next(_turns), int(os.environ.get("LOCAL_RANK", 0))
+    over = [f"turn {turn} of process {number} is over" for number in range(world_size())]
+    if on_machine > 0:
+        _store.wait([over[rank() - on_machine]], PATIENCE)
     yield
-    _store.set(over[number], "")
+    _store.set(over[rank()], "")
     _store.wait(over, PATIENCE)
 
 

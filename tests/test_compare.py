@@ -28,7 +28,7 @@ import train
 from network import CNN, FeedForward, Model, VisionTransformer
 from studies import compare, comparison, runs
 from support import cli
-from support.significance import holm, mcnemar_p, paired_bootstrap, wilson
+from support.significance import holm, interval_text, mcnemar_p, paired_bootstrap, points, wilson
 from training.models import build_model
 
 FIGURES = ("curves", "time", "bootstrap", "classes")
@@ -284,16 +284,51 @@ def test_rows_average_seeds_and_keep_the_two_kinds_of_chance_apart(tmp_path):
 
 
 def test_runs_are_compared_with_those_of_their_seed(tmp_path):
-    for seed, right in enumerate((150, 180, 210)):
+    for seed, right in enumerate((150, 30, 210)):
         made_up(tmp_path, "plain", "cnn", seed, correct=np.arange(300) < right)
     for seed in (0, 2):
         made_up(tmp_path, "plain", "mlp", seed, correct=np.arange(300) < 150)
     difference = drawn(tmp_path)["differences"][0]
     assert difference["by_seed"] == pytest.approx([0, -0.2])  # 150 minus 150 and 210
+    assert difference["difference"] == pytest.approx(-0.1) and difference["seeds"] == [0, 2]
     for seed in (0, 2):
         (tmp_path / f"saved/studies/study_plain_cnn_seed{seed}.json").unlink()
     code, line = outcome("studies.compare", "--no-train", "--epochs", "3", "--output_dir", str(tmp_path))
     assert code == 2 and "no run of MLP has the seed of a run of CNN" in line
+
+
+def test_seeds_that_contradict_each_other_are_no_difference(tmp_path):
+    for seed, right in enumerate((200, 100)):
+        made_up(tmp_path, "plain", "cnn", seed, correct=np.arange(300) < 150)
+        made_up(tmp_path, "plain", "mlp", seed, correct=np.arange(300) < right)
+    row = drawn(tmp_path)["differences"][0]
+    assert max(row["mcnemar_p"]) < 1e-9 and row["p"] == row["p_holm"] == 1
+
+
+def test_patches_of_2_are_compared_with_patches_of_4_by_their_seeds(tmp_path):
+    for seed, right in enumerate((150, 180)):
+        made_up(tmp_path, "plain", "vit_patch4", seed, correct=np.arange(300) < right)
+    made_up(tmp_path, "plain", "vit_patch2", 0, correct=np.arange(300) < 180)
+    (row,) = drawn(tmp_path)["smaller_patches"]
+    assert (row["recipe"], row["seeds"]) == ("plain", [0]) and row["difference"] == pytest.approx(0.1)
+    assert row["by_seed"] == [pytest.approx(0.1)] and row["bca"][0] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("bca", "t", "word"),
+    [
+        ([0.01, 0.02], [0.001, 0.03], "above"),
+        ([0.01, 0.02], [-0.001, 0.03], "cannot be told apart from"),
+        ([-0.02, -0.01], None, "below"),
+    ],
+)
+def test_models_of_equal_size_differ_where_images_and_seeds_say_so(bca, t, word):
+    assert comparison.judge_twice({"bca": bca, "t": t}) == word
+
+
+def test_a_difference_that_would_be_0_has_a_digit_more():
+    assert [points(x) for x in (0.0, -0.0004, 0.0006, -0.012)] == ["+0.0", "-0.04", "+0.1", "-1.2"]
+    assert interval_text([-0.013, -0.0004]) == "-1.3 to -0.04"
 
 
 def test_what_is_trained_does_not_stand_beside_runs_of_another_recipe(tmp_path):

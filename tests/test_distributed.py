@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,9 +85,9 @@ with distributed.processes():
 """
 
 
-def start(command, **options):
+def start(command, variables=None, **options):
     """A process whose threads are one, as sums depend on their number too."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(variables or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
@@ -295,12 +296,36 @@ def test_the_first_process_waits_longer_for_what_is_done_in_turns(tmp_path):
         f"import datetime, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom support import distributed\n"
         "with distributed.processes():\n"
         "    import torch.distributed as dist\n"
-        "    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=6))\n"
-        "    with distributed.main_process_first():\n        time.sleep(8)\n"
+        "    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=4))\n"
+        "    with distributed.main_process_first():\n        time.sleep(6)\n"
         "    print(distributed.all_reduce(1))\n"
     )
-    printed, complaints = torchrun(2, script).communicate(timeout=60)
+    process = torchrun(2, script)
+    try:
+        printed, complaints = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert printed == "2\n", complaints
+
+
+def test_processes_that_torchrun_has_not_started_need_no_number_on_their_machine(tmp_path):
+    script = tmp_path / "by_hand.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom support import distributed\n"
+        "with distributed.processes():\n    with distributed.main_process_first():\n"
+        "        print(distributed.all_reduce(1))\n"
+    )
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    started = [start([sys.executable, str(script)], {**variables, "RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        printed = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert printed[0][0] == "2\n", printed
 
 
 def test_a_process_that_hangs_ends_soon_after_torchrun(tmp_path):

@@ -84,6 +84,22 @@ def test_the_speed_shown_is_that_of_training_alone(capsys):
     assert rate == pytest.approx(40 / clock.seconds, rel=0.05) and clock.seconds < 10 * 0.2
 
 
+def test_a_bar_that_is_drawn_within_a_step_counts_that_step(monkeypatch):
+    """In train.py's order, the bar before the clock."""
+    clock, rates, now = Clock(), [], [0.0]
+    monkeypatch.setattr("training.callbacks.time.perf_counter", lambda: now[0])
+    bar, model = ProgressBar(clock), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    runner = Runner(model, torch.optim.SGD(model.parameters(), 0.1), torch.nn.CrossEntropyLoss(), "cpu", verbose=False)
+
+    def take_half_a_second(runner):
+        now[0] += 0.5
+        rates.append(bar._rate(runner))
+
+    runner.callbacks = [bar, SimpleNamespace(step_end=take_half_a_second), clock]
+    runner.train(batches(40), epochs=1)
+    assert rates == ["8 images/s"] * 10 and clock.seconds == 5  # 4 images in each step
+
+
 def test_a_short_run_has_fewer_frames(tmp_path):
     assert [num_frames(40, epochs) for epochs in (1, 5, 20, 150)] == [8, 16, 40, 40] and num_frames(3, 20) == 3
     process = start("train.py", *SMALL, *"--batch_size 8 --epochs 1 --output_dir".split(), tmp_path)

@@ -34,6 +34,8 @@ def copy(original):
     """The same; what the test changes is put back."""
     before = {path: path.read_bytes() for path in original.rglob("*") if path.is_file()}
     yield original
+    for path in {path for path in original.rglob("*") if path.is_file()} - before.keys():
+        path.unlink()
     for path, contents in before.items():
         if not path.exists() or path.read_bytes() != contents:
             path.write_bytes(contents)
@@ -74,6 +76,8 @@ def test_another_result_makes_pages_wrong(copy, capsys):
     summary = read_json(path)
     summary["rows"][0]["val_accuracies"][0] += 0.01
     write_json(path, summary)
+    studies = copy / "saved" / "studies"
+    shutil.copy(studies / "study_default_cnn_seed2.json", studies / "study_default_cnn_seed3.json")
     (copy / "figures" / "crossval.json").write_text("{")
     with pytest.raises(SystemExit) as stop:
         report.main(["--check", "--root", str(copy)])
@@ -82,6 +86,7 @@ def test_another_result_makes_pages_wrong(copy, capsys):
     assert re.search(r"^README.md:\d+: should be '\| Vision Transformer", printed, re.MULTILINE)
     assert re.search(r"^docs/results.md:\d+: should be", printed, re.MULTILINE)
     assert "figures/ablation.json is not of the runs of default that are stored: run python -m stud" in printed
+    assert "figures/model_comparison.json is not of study_default_cnn_seed3: run python -m stud" in printed
     assert re.search(r"^docs/templates/recipe.md .*crossval.json is damaged", printed, re.MULTILINE)
     assert "docs/explain.md:" not in printed
 
@@ -140,7 +145,6 @@ def test_another_seed_changes_no_template(copy, capsys):
     results = (copy / "docs" / "results.md").read_text(encoding="utf-8")
     assert "**90.0 ± 0.0 %** (n = 3)" in readme and "`studies/accurate_seed2`" in results and "| 20 min |" in results
     assert "made with earlier" not in readme + results
-    (copy / "saved" / "studies" / "accurate_seed2.json").unlink()
 
 
 def test_every_page_names_the_stale_reports_it_rests_on(copy, capsys):

@@ -3,6 +3,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -111,6 +112,23 @@ def test_where_reading_makes_an_accelerator_wait_the_same_metrics_are_read_later
         metrics.append({name: values for name, values in runner.metrics.items() if name.startswith("train")})
         assert len(reads) == (13 if device == "cpu" else 4)  # of 12 steps, and once more after them
     assert metrics[0] == metrics[1] and metrics[0]["train_step"] == list(range(1, 13))
+
+
+def test_what_is_printed_of_an_epoch_are_its_means(capsys):
+    runner = still_runner()
+    runner.verbose = True
+    runner.train(batches(), batches(6), epochs=1)
+    loss, accuracy = (np.average(runner.metrics[f"train_{name}"], weights=[4, 4, 2]) for name in ("loss", "accuracy"))
+    val = [runner.metrics[f"val_{name}"][0] for name in ("loss", "accuracy")]
+    train_words, val_words = (f"loss {a:.4f} accuracy {b:.2%}" for a, b in ((loss, accuracy), val))
+    assert capsys.readouterr().out == f"epoch 1/1: train {train_words}, val {val_words}\n"
+
+
+def test_a_runner_that_is_asked_to_stop_before_it_trains_does_not_train(capsys):
+    runner = still_runner()
+    runner.stop = True
+    assert runner.train(batches(), epochs=1)["train_step"] == [] and not runner.stop
+    assert runner.train(batches(), epochs=1)["train_step"] == [1, 2, 3]
 
 
 def test_metrics_are_the_six_lists():
@@ -487,6 +505,8 @@ def test_the_devices_random_numbers_are_stored_and_come_back(monkeypatch):
     stored = device_random_state(torch.device("mps"))
     state.append(torch.zeros(5, dtype=torch.uint8))
     set_device_random_state(torch.device("mps"), stored)
+    assert torch.equal(state[-1], torch.arange(5, dtype=torch.uint8))
+    set_device_random_state(torch.device("mps"), [torch.zeros(16, dtype=torch.uint8)])  # of a CUDA device
     assert torch.equal(state[-1], torch.arange(5, dtype=torch.uint8))
     assert device_random_state(torch.device("cpu")) == []
 

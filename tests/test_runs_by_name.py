@@ -229,10 +229,10 @@ def test_a_run_that_has_ended_does_not_go_on_where_that_would_be_false(tmp_path,
 def test_a_run_with_minutes_goes_on_with_epochs(tmp_path, capsys):
     interrupt(tmp_path, "--minutes", "60", "--gif_frames", "0")
     flags = ["--resume", "--resume_changed", "--name", "mine", "--output_dir", tmp_path]
-    run_main("train.py", *flags, "--epochs", "13")
+    run_main("train.py", *flags, "--epochs", "40")
     report = json.loads((tmp_path / "saved" / "mine.json").read_text(encoding="utf-8"))
     assert "from here on without --minutes" in capsys.readouterr().out
-    assert (report["config"]["epochs"], report["config"]["minutes"]) == (13, None)
+    assert (report["config"]["epochs"], report["config"]["minutes"]) == (40, None)
 
 
 def test_another_optimizer_than_the_stored_runs_has_rates_of_its_own(tmp_path):
@@ -243,6 +243,14 @@ def test_another_optimizer_than_the_stored_runs_has_rates_of_its_own(tmp_path):
     assert (config.lr, config.momentum, config.batch_size) == (train.RATES["adamw"]["lr"], 0.9, 32)
     again = cli.parse(train.Config, ["--config", str(stored)], *options, remember=False)
     assert (again.lr, again.momentum) == (6e-3, 0.95)
+    # ... and those that belong to the stored preset, or to trained weights
+    for values, optimizer, lr in (
+        ({"preset": "accurate", "optimizer": "adamw", "lr": 1e-3}, "muon", 9e-3),
+        ({"model": "timm:resnet18", "pretrained": True, "optimizer": "sgd", "lr": 0.1}, "adamw", 5e-4),
+    ):
+        stored.write_text(json.dumps({"results": {}, "config": values}))
+        typed = ["--config", str(stored), "--optimizer", optimizer]
+        assert train.with_defaults(cli.parse(train.Config, typed, *options, remember=False)).lr == lr
 
 
 def test_a_stored_runs_values_hold_where_the_data_set_brings_others(tmp_path):

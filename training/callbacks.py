@@ -19,30 +19,34 @@ from support.files import first_line
 
 
 class Clock:
-    """Counts the seconds of training steps alone, without loading, validation and what other callbacks do.
+    """Counts the seconds of training steps alone, without loading, validation and what callbacks after it do.
 
-    An accelerator's steps take as long as the Runner waits for their results, which is in some of them: a callback that
-    waits for it too comes before the clock in the list.
+    An accelerator's steps take as long as one waits for their results, which the Runner does in some of them, and the
+    progress bar where it is drawn: that comes before the clock in the list.
 
-    `seconds` by the clock until now, and `val_seconds`, what that was at each validation. `processor_seconds` are those
-    that the processor spent in this process, all threads together, which other work on the machine hardly changes; None
-    where a part is not known, because an earlier version trained it.
+    `seconds` by the clock until the last step, and `val_seconds`, what that was at each validation.
+    `processor_seconds` are those that the processor spent in this process, all threads together, which other work on
+    the machine hardly changes; None where a part is not known, because an earlier version trained it.
     """
 
     def __init__(self):
-        self.seconds, self.val_seconds, self._started = 0.0, [], 0.0
+        self.seconds, self.val_seconds, self._started = 0.0, [], None
         self.processor_seconds, self._processor_started = 0.0, 0.0
 
     def step_start(self, runner: Runner) -> None:
         self._started, self._processor_started = time.perf_counter(), time.process_time()
 
     def step_end(self, runner: Runner) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.seconds, self._started = self.until_now(), None
         if self.processor_seconds is not None:
             self.processor_seconds += time.process_time() - self._processor_started
 
     def epoch_end(self, runner: Runner) -> None:
         self.val_seconds.append(self.seconds)
+
+    def until_now(self) -> float:
+        """The seconds with those of the step that runs."""
+        return self.seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def state_dict(self) -> dict:
         times = {"seconds": self.seconds, "val_seconds": self.val_seconds}
@@ -128,7 +132,7 @@ class ProgressBar:
 
     def _rate(self, runner: Runner) -> str:
         images = runner.totals[2].item() - self._images
-        return f"{images / max(self.clock.seconds - self._seconds, 1e-9):,.0f} images/s"
+        return f"{images / max(self.clock.until_now() - self._seconds, 1e-9):,.0f} images/s"
 
     def _left(self, runner: Runner) -> str:
         """Time until the end, if it goes on as it did since training began, all that comes between included."""

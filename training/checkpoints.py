@@ -80,7 +80,7 @@ class Checkpoints:
         changed = {
             name: f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
-            if before.get(name, value) != value and name not in free  # earlier versions did not know all of them
+            if before.get(name) != value and name not in free
         }
         self._require_possible(checkpoint, changed, images, changes_allowed)
         self._require_same_images(checkpoint)
@@ -131,8 +131,8 @@ class Checkpoints:
             )
         if changed and progress["epoch"] > before["epochs"]:
             raise CheckpointError(
-                f"the run ended within its last epoch, after {before['epochs']}: it cannot go on to another length; "
-                "choose another --name for a new run"
+                f"the run ended within its last epoch, after {before['epochs']}: it cannot go on; choose "
+                "another --name for a new run"
             )
         if changed.keys() - {"epochs"} and progress["epoch"] >= now["epochs"]:
             raise CheckpointError(

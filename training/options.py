@@ -95,7 +95,7 @@ def stored_values(config) -> dict[str, Any]:
         values = cli.checked_values(type(config), values)
         if "epochs" in config.given:  # which say how long to train, as --minutes does
             values.pop("minutes", None)
-        if "optimizer" in config.given and config.optimizer != values.get("optimizer"):
+        if "optimizer" in config.given and config.optimizer != values.get("optimizer"):  # it has rates of its own
             values = {name: value for name, value in values.items() if name not in ("lr", "weight_decay", "momentum")}
         as_stored = copy.copy(config)
         vars(as_stored).update(values)

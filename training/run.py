@@ -44,6 +44,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as contexts:
+            for number in (signal.SIGINT, signal.SIGTERM):  # they do again what they did once all processes are through
+                contexts.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
             contexts.enter_context(distributed.processes())
             contexts.enter_context(cli.one_line_errors())
             code_version()  # as it is now, not when the run ends
@@ -234,8 +236,7 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, stop)
-            self._contexts.callback(signal.signal, number, before or signal.SIG_DFL)
+            signal.signal(number, stop)
 
     def exit_if_interrupted(self, runner: Runner) -> None:
         """After a signal, to any of the processes: write a checkpoint, say how to go on, and end with its exit code."""
