@@ -177,7 +177,7 @@ def provenance(device: str | torch.device = "cpu") -> dict:
 def processor_of(provenance: dict) -> str:
     """The processor that a stored figure came from, by what matters to its speed: "AMD EPYC with AVX-512 BF16"."""
     sets = provenance.get("instruction_sets") or []
-    name = provenance.get("cpu") or ("a processor" if sets else f"an unnamed processor ({provenance['machine']})")
+    name = provenance.get("cpu") or ("a processor" if sets else f"an unnamed processor, {provenance['machine']}")
     sets = sets[2:] or sets[-1:]  # of what the others have too, not a word
     return name + (f" with {' and '.join(sets)}" if sets else "")
 
