@@ -107,8 +107,9 @@ def cost_of_one(
     process, done, sizes = psutil.Process(), threading.Event(), []
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.is_set():
             sizes.append(process.memory_info().rss)
+            done.wait(0.002)
 
     before = process.memory_info().rss
     step = our_step(VisionTransformer(img_size, pooling="mean", **options), images, labels, optimizer, precision)
@@ -117,6 +118,7 @@ def cost_of_one(
     watcher.start()
     step()
     step()
+    sizes.append(process.memory_info().rss)  # at least once, however short a step is
     done.set()
     watcher.join()
     return {"seconds": statistics.median(seconds), "memory_mb": (max(sizes) - before) / 2**20}
