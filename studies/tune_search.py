@@ -286,7 +286,7 @@ class Search:
 
 
 @contextmanager
-def signals_as_before(sigterm: Callable | None = None) -> Iterator[None]:
+def signals_as_before(sigterm: Callable) -> Iterator[None]:
     """Afterwards Ctrl-C and SIGTERM do what they did before.
 
     Args:
@@ -294,8 +294,7 @@ def signals_as_before(sigterm: Callable | None = None) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if sigterm:
-            signal.signal(signal.SIGTERM, sigterm)
+        signal.signal(signal.SIGTERM, sigterm)
         yield
     finally:
         for number, handler in handlers.items():

@@ -82,7 +82,7 @@ class Checkpoints:
             for name, value in now.items()
             if before.get(name) != value and name not in free
         }
-        self._require_possible(checkpoint, changed, images, changes_allowed)
+        self._require_possible(before, checkpoint["runner"]["progress"], changed, images, changes_allowed)
         self._require_same_images(checkpoint)
         try:
             restore_runner(runner, checkpoint["runner"])
@@ -110,11 +110,10 @@ class Checkpoints:
                 print(f"from here on {word} {', '.join(sorted(FLAGS.get(name, name) for name in names))}")
 
     def _require_possible(
-        self, checkpoint: dict, changed: dict[str, str], images: set[str], changes_allowed: bool
+        self, before: dict, progress: dict, changed: dict[str, str], images: set[str], changes_allowed: bool
     ) -> None:
         """Refuse a run that cannot go on with what has changed: by name, what it was and is."""
-        before, now = in_todays_words(checkpoint["config"]), self.hyperparameters
-        progress = checkpoint["runner"]["progress"]
+        now = self.hyperparameters
         if other_images := [changed[name] for name in changed if name in images]:
             raise CheckpointError(
                 f"{'; '.join(other_images)}: a run goes on with its images; choose another --name for others"
