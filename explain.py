@@ -189,8 +189,8 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     """A contact sheet: a row for each image, the first half predicted right, the others wrong; a column per method."""
     metadata = model.metadata
     with torch.no_grad():
-        logits = model(images[:500])
-    right = logits.argmax(dim=1) == labels[:500]
+        logits = torch.cat([model(batch) for batch in images.split(500)])
+    right = logits.argmax(dim=1) == labels
     wrong = (~right).nonzero()[: max(rows // 2, rows - int(right.sum())), 0]
     chosen = torch.cat([right.nonzero()[: rows - len(wrong), 0], wrong])
     images, labels, logits = images[chosen], labels[chosen], logits[chosen]

@@ -109,31 +109,17 @@ def export(
     onnx_bytes, program_bytes = to_onnx(program, model), save_program(program, model)
     small_bytes = quantise(onnx_bytes)
 
-    whole = WithNormalisation(model)
     predictors = {
-        "PyTorch": whole,
+        "PyTorch": WithNormalisation(model),
         "ONNX Runtime": onnx_predictor(onnx_bytes, config.threads),
         "ExportedProgram": load_program(program_bytes),
         "ONNX Runtime, 8 bits": onnx_predictor(small_bytes, config.threads),
     }
-    logits, labels = predict(model, loader)
     sizes = [model_path.stat().st_size, len(onnx_bytes), len(program_bytes), len(small_bytes)]
     rows = {who: {"bytes": size} for who, size in zip(predictors, sizes, strict=True)}
-    for who, row in rows.items():
-        exact = who in ("ONNX Runtime", "ExportedProgram")
-        count = min(config.images, len(labels)) if exact else len(labels)
-        answers = predict_plain(predictors[who], loader.images[:count], who)
-        row |= compare(logits[:count], answers)
-        if exact:
-            check_agreement(who, row)
-        elif not stand_in:
-            row["accuracy"] = (answers.argmax(dim=1) == labels).float().mean().item()
-    lost = None
-    if validation:
-        logits, labels = predict(model, validation)
-        answers = predict_plain(predictors["ONNX Runtime, 8 bits"], validation.images, "8 bits on validation images")
-        both = [(given.argmax(dim=1) == labels).double().mean().item() for given in (logits, answers)]
-        lost = both[0] - both[1]
+    for who, answers in compare_all(predictors, model, loader, config.images, measure=not stand_in).items():
+        rows[who] |= answers
+    lost = lost_accuracy(predictors["ONNX Runtime, 8 bits"], model, validation) if validation else None
     if config.latency:
         for batch_size in BATCH_SIZES:
             images = loader.images.repeat(-(-batch_size // len(loader.images)), 1, 1, 1)[:batch_size]
@@ -160,10 +146,10 @@ def export(
     else:
         print(f"8 bits change validation accuracy by {round(-100 * lost, 2) + 0.0:+.2f} percentage points;")
         print(f"{-100 * LOSS_ALLOWED} are allowed: {'kept' if report['8_bits_kept'] else 'not kept'}")
-    for path, contents in written.items():
-        write_bytes(path, contents)
     if not report["8_bits_kept"]:
         small_path.unlink(missing_ok=True)  # of an earlier export: it would pass for this model's
+    for path, contents in written.items():
+        write_bytes(path, contents)
     report_path = figures_folder(config.figures_dir or config.output_dir) / f"{name}_export.json"
     timings = tuple(f"milliseconds_batch_{size}" for size in BATCH_SIZES)
     stored = [report_path] if write_results(report_path, report, timings) else []
@@ -317,6 +303,37 @@ def predict_plain(predictor: Predictor, images: torch.Tensor, who: str, batch_si
     """Logits `(n, classes)` for plain images, uint8 `(n, 3, height, width)`."""
     batches = tqdm(images.split(batch_size), f"checking {who}", unit="batch", leave=False)
     return torch.cat([predictor(batch) for batch in batches])
+
+
+def compare_all(
+    predictors: dict[str, Predictor], model: Model, loader: ImageLoader, most: int, measure: bool
+) -> dict[str, dict]:
+    """How far each is from the model: those in full precision on `most` images, the others on all of them and, where
+    the labels are known (`measure`), with their accuracy.
+
+    Raises:
+        Disagreement: one in full precision gives other answers than the model.
+    """
+    logits, labels = predict(model, loader)
+    rows = {}
+    for who, predictor in predictors.items():
+        exact = who in ("ONNX Runtime", "ExportedProgram")
+        count = min(most, len(labels)) if exact else len(labels)
+        answers = predict_plain(predictor, loader.images[:count], who)
+        rows[who] = compare(logits[:count], answers)
+        if exact:
+            check_agreement(who, rows[who])
+        elif measure:
+            rows[who]["accuracy"] = (answers.argmax(dim=1) == labels).float().mean().item()
+    return rows
+
+
+def lost_accuracy(predictor: Predictor, model: Model, validation: ImageLoader) -> float:
+    """By how much less of the validation images it is right than the model, as a fraction."""
+    logits, labels = predict(model, validation)
+    answers = predict_plain(predictor, validation.images, "8 bits on validation images")
+    right = [(given.argmax(dim=1) == labels).double().mean().item() for given in (logits, answers)]
+    return right[0] - right[1]
 
 
 def compare(expected: torch.Tensor, logits: torch.Tensor) -> dict:

@@ -61,16 +61,21 @@ def main(args: list[str] | None = None) -> None:
                 if Path(name).is_dir():
                     raise ImageError(f"{name} is a folder with no pictures in it")
                 image = read_image(name)
-                path = free_path(folder, f"{stem}_prediction_{Path(name).stem}", taken)
-                probabilities = classify(model, image, path)
+                images, probabilities, attention = classify(model, image)
             except (ImageError, OSError) as error:
-                reason = getattr(error, "strerror", None) or error  # without the number that Python puts before it
-                tqdm.write(f"predict.py: error: {reason}", file=sys.stderr)
+                say_error(error)
                 failed = True
                 continue
+            path = free_path(folder, f"{stem}_prediction_{Path(name).stem}", taken)
+            where = f": {path}"
+            try:
+                draw_prediction(model, image, images, probabilities, attention, path)
+            except OSError as error:  # the answer is there all the same
+                say_error(error)
+                failed, where = True, ""
             best = probabilities.topk(min(5, len(probabilities)))
             width, height = image.info["size"]
-            lines = [f"{name} ({width}x{height}): {path}"]
+            lines = [f"{name} ({width}x{height}){where}"]
             for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 lines.append(f"  {100 * probability:5.1f} %  {model.metadata['classes'][index]}")
             tqdm.write("\n".join(lines), file=sys.stdout)
@@ -78,13 +83,18 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2)
 
 
-def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
+def say_error(error: Exception) -> None:
+    reason = getattr(error, "strerror", None) or error  # without the number that Python puts before it
+    tqdm.write(f"predict.py: error: {reason}", file=sys.stderr)
+
+
+def free_path(folder: Path, stem: str, taken: set[str]) -> Path:
     """<stem>.png, numbered if this run has written one of that name; added to `taken`."""
     path, number = folder / f"{stem}.png", 1
-    while path in taken:
+    while str(path).casefold() in taken:  # a Mac takes Cat.png and cat.png for one file
         number += 1
         path = folder / f"{stem}_{number}.png"
-    taken.add(path)
+    taken.add(str(path).casefold())
     return path
 
 
@@ -95,8 +105,9 @@ def to_input(image: Image.Image, model: Model) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def classify(model: Model, image: Image.Image, path: Path) -> torch.Tensor:
-    """Save the picture of a prediction at `path`; returns the probabilities `(classes,)` on the CPU."""
+def classify(model: Model, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The model's input `(1, 3, img_size, img_size)`, the probabilities `(classes,)` on the CPU, and of a ViT its
+    attention `(num_blocks, 1, heads, tokens, tokens)`."""
     device = next(model.parameters()).device
     images = to_input(image, model).to(device)
     with torch.no_grad():
@@ -105,9 +116,7 @@ def classify(model: Model, image: Image.Image, path: Path) -> torch.Tensor:
             logits, attention = output["logits"], output["attention_weights"]
         else:
             logits, attention = model(images), None
-    probabilities = logits[0].float().softmax(dim=0).cpu()
-    draw_prediction(model, image, images, probabilities, attention, path)
-    return probabilities
+    return images, logits[0].float().softmax(dim=0).cpu(), attention
 
 
 def draw_prediction(

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from images.augment import import_torchvision
-from images.download import DownloadError, download, file_md5
+from images.download import DownloadError, alone, download, file_md5
 from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
 from images.sheets import draw_augmentations, draw_samples
@@ -155,8 +155,9 @@ def load_folder(dataset: str, img_size: int, val_fraction: float, split_seed: in
             f"or a folder with train/<class>/*.jpg in it{cli.did_you_mean(dataset, ['auto', *DATASETS])}"
         )
     classes, splits = read_folder(folder, img_size, val_fraction, split_seed, test)
+    # of a link its own name, not its target's; . and .. have none
+    name = (folder if folder.name.strip(".") else folder.resolve()).name or "pictures"
     folder = folder.resolve()
-    name = folder.name or "pictures"
     if name.lower() in DATASETS:
         name += "_folder"  # so that what is written is not taken for results on the genuine data
     data = Dataset(name, classes, **splits, flip=True, source=str(folder))
@@ -193,8 +194,9 @@ def read_cifar(cifar: Cifar, data_dir: Path, test: bool = True) -> Parts:
         try:
             archive = data_dir / cifar.archive
             url = os.environ.get(f"{cifar.title.replace('-', '')}_URL", cifar.url)  # CIFAR10_URL, CIFAR100_URL
-            find_or_download(archive, [url], cifar.md5, f" (or the folder {cifar.folder})")
-            unpack(cifar, archive, folder)
+            with alone(folder):
+                find_or_download(archive, [url], cifar.md5, f" (or the folder {cifar.folder})")
+                unpack(cifar, archive, folder)
         except DownloadError as error:
             missing = [name for name in cifar.files if not (folder / name).exists()]
             if len(missing) < len(cifar.files):  # a broken folder is an error; no folder may fall back to digits
@@ -232,10 +234,7 @@ def unpack(cifar: Cifar, archive: Path, folder: Path) -> None:
         for name in tqdm(cifar.files, desc=f"unpacking {cifar.title}", unit="file"):
             if (folder / name).exists():
                 continue
-            contents = tar.extractfile(f"{cifar.folder}/{name}").read()
-            part = folder / f"{name}.part"
-            part.write_bytes(contents)
-            part.replace(folder / name)
+            write_bytes(folder / name, tar.extractfile(f"{cifar.folder}/{name}").read())
 
 
 # ------------------------------------------------------------------------------------------- torchvision's data sets
@@ -255,6 +254,10 @@ def read_mnist(name: str, data_dir: Path, flip: bool) -> Parts:
         contents, unpacked = gzip.decompress(path.read_bytes()), path.with_suffix("")
         if not unpacked.exists() or unpacked.read_bytes() != contents:  # torchvision does not check what is unpacked
             write_bytes(unpacked, contents)
+
+    earlier = data_dir / name / "processed"  # which torchvision would take in place of these files, unchecked
+    if earlier.is_dir():
+        raise DataError(f"{earlier} is of an earlier torchvision, and nobody can tell whether it is genuine: delete it")
 
     def split(train: bool) -> Split:
         data = kind(data_dir, train=train)
@@ -280,10 +283,15 @@ def read_svhn(data_dir: Path) -> Parts:
 
 def find_or_download(path: Path, urls: list[str], md5: str, also: str = "") -> None:
     """Have the file at `path`, with this md5; where it is not, from the first address that gives it."""
-    if path.exists():
-        if file_md5(path) != md5:
-            raise DataError(f"{path} is damaged or incomplete (its md5 differs): delete it and try again")
-        return
+    if not path.exists():
+        with alone(path):
+            if not path.exists():  # still: another process may have fetched it
+                return fetch(path, urls, md5, also)
+    if file_md5(path) != md5:
+        raise DataError(f"{path} is damaged or incomplete (its md5 differs): delete it and try again")
+
+
+def fetch(path: Path, urls: list[str], md5: str, also: str) -> None:
     failed = []
     for url in urls:
         try:
@@ -341,7 +349,8 @@ def is_here(metadata: dict, data_dir: str | None) -> bool:
     dataset = metadata["dataset"]
     if cifar := CIFAR.get(dataset):
         folder = data_folder(data_dir)
-        return any((folder / name).exists() for name in (cifar.folder, cifar.archive))
+        unpacked = all((folder / cifar.folder / name).exists() for name in cifar.files)
+        return unpacked or (folder / cifar.archive).exists()
     if dataset in DATASETS:
         return dataset not in LAST_FILES or (data_folder(data_dir) / LAST_FILES[dataset]).exists()
     folders = [Path(metadata.get("source", dataset)), *([Path(data_dir) / "train"] if data_dir else [])]

@@ -1,16 +1,25 @@
 """Downloads: resumed where they broke off, and taken only once their md5 is right."""
 
+import contextlib
+import errno
 import hashlib
 import http.client
+import os
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
+from images.loader import DataError
+
 MOST = 1 << 30  # bytes of a file whose size the server does not say; CIFAR's are 170 MB
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of this machine's disk
 
 
 class DownloadError(ValueError):
@@ -25,6 +34,15 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within, no other process of this user is alone with the same path: it waits."""
+    user = getattr(os, "getuid", int)()  # another one's lock could not be opened; Windows has a folder for each user
+    name = hashlib.md5(f"{user} {path.resolve()}".encode()).hexdigest()
+    with FileLock(Path(tempfile.gettempdir()) / f"download-{name}.lock"):  # not beside it: there may be no folder yet
+        yield
+
+
 def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float = 20, wait: float = 2) -> None:
     """Fetch `url` to `path` with a progress bar; a broken transfer goes on from where it stopped.
 
@@ -33,6 +51,7 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
 
     Raises:
         DownloadError: after the last attempt, with the reason.
+        DataError: this machine cannot write the file.
     """
     part = path.with_name(path.name + ".part")
     reason = ""
@@ -56,6 +75,7 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
             reason = f"{type(error).__name__}: {error}"
             break
         except (OSError, http.client.HTTPException) as error:
+            require_network_error(error, part)
             reason = str(error) or type(error).__name__
         else:
             if file_md5(part) == md5:
@@ -65,6 +85,15 @@ def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float =
             part.unlink()
     shown = "".join(letter if letter.isprintable() else " " for letter in reason)[:200]  # a server may say anything
     raise DownloadError(f"{path.name} could not be downloaded from {url} ({shown})")
+
+
+def require_network_error(error: Exception, part: Path) -> None:
+    """
+    Raises:
+        DataError: it is this machine that cannot write the file, and trying again will not help.
+    """
+    if getattr(error, "filename", None) or getattr(error, "errno", None) in FULL:  # the network has no files
+        raise DataError(f"cannot write {part}: {error.strerror}") from None
 
 
 def transfer(url: str, part: Path, timeout: float) -> None:

@@ -50,6 +50,7 @@ def read_folder(
         raise ImageError(
             f"{folder / 'train'} has {found}: a model needs two classes or more, each a folder of pictures"
         )
+    say_unused(folder)
     splits = {}
     for name in ("train", "val", "test"):
         if not (folder / name).is_dir() or (name == "test" and not test):
@@ -73,6 +74,18 @@ def read_folder(
     for name in ("train", "val", "test")[: 3 if test else 2]:
         require_pictures(name, splits[name], classes, folder)
     return classes, splits
+
+
+def say_unused(folder: Path) -> None:
+    """Name on stderr what a person may take for a part of the data, and is none."""
+    used = [folder / part for part in ("train", "val", "test") if (folder / part).is_dir()]
+    # by the file system, for which Test may be test
+    unused = [name for name in subfolders(folder) if not any(path.samefile(folder / name) for path in used)]
+    if unused:
+        print(f"{folder}: not used: {', '.join(unused)} (known are train, val and test)", file=sys.stderr)
+    for path in used:
+        if files := [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]:
+            print(f"{path}: not used: {len(files):,} files in no folder of a class", file=sys.stderr)
 
 
 def position(identity: int, draw: str) -> float:
@@ -104,7 +117,9 @@ def require_pictures(name: str, split: Split, classes: list[str], folder: Path) 
     counts = torch.bincount(split.labels, minlength=len(classes))
     missing = ", ".join(repr(classes[label]) for label in (counts == 0).nonzero()[:, 0].tolist())
     if missing and (name == "train" or (name == "test" and not len(split))):
-        lacking = folder / "test" if name == "train" else folder / name
+        lacking = folder / name
+        if name == "train":  # what is missing there is held out
+            lacking = folder / ("val" if (folder / "test").is_dir() else "test")
         which = f"of {missing} is left to train on" if name == "train" else f"is held out for {name}"
         raise ImageError(f"{folder} has too few pictures, and none {which}: add some, or make the folder {lacking}")
     if missing:

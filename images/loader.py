@@ -24,6 +24,7 @@ class DataError(ValueError):
     """The data set is not available, or its files are not what they should be; the message says what to do."""
 
 
+MANY = 1 << 28  # values whose mean is taken in parts, since all at once as floats would take a gigabyte
 HASHES = 1 << 62  # ids from here on are hashes of pictures, those below are places in a data set's files
 
 
@@ -56,6 +57,19 @@ def agree(marks: dict[str, str], others: dict[str, str]) -> bool:
 
 def join(splits: list[Split]) -> Split:
     return Split(*(torch.cat([getattr(split, name) for split in splits]) for name in ("images", "labels", "ids")))
+
+
+def mean_and_std(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel of uint8 `(n, channels, height, width)`, scaled to [0, 1]: float32 `(channels,)` each."""
+    if images.numel() <= MANY:
+        pixels = images.float().div_(255)
+        return pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
+    total, squares, count = 0, 0, images.numel() // images.shape[1]
+    for part in images.split(max(1, (1 << 22) // images[0].numel())):
+        values = part.double() / 255
+        total, squares = total + values.sum(dim=(0, 2, 3)), squares + values.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    return mean.float(), ((squares - count * mean**2) / (count - 1)).clamp(min=0).sqrt().float()
 
 
 def split_names(text: str) -> list[str]:
@@ -127,13 +141,13 @@ class Dataset:
 
     def __post_init__(self):
         self.source = self.source or self.name
-        pixels = self.train.images.float().div_(255)
-        self.mean = pixels.mean(dim=(0, 2, 3)).tolist()
-        varies = pixels.amax(dim=(0, 2, 3)) > pixels.amin(dim=(0, 2, 3))
+        mean, std = mean_and_std(self.train.images)
+        images = self.train.images
+        varies = images.amax(dim=(0, 2, 3)) > images.amin(dim=(0, 2, 3))
         if not varies.any():
             raise DataError(f"all training images of {self.name} have one and the same colour: nothing can be learned")
         # a channel that never varies is not scaled
-        self.std = pixels.std(dim=(0, 2, 3)).where(varies, torch.ones(())).tolist()
+        self.mean, self.std = mean.tolist(), std.where(varies, torch.ones(())).tolist()
 
     @property
     def image_size(self) -> int:

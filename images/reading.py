@@ -49,14 +49,17 @@ def find_images(names: Iterable[str]) -> list[str]:
         pictures = [str(path) for path in files if path.suffix.lower() in endings]
         found += pictures or [name]
         if pictures and len(pictures) < len(files):
-            print(f"{name}: left out {len(files) - len(pictures)} of {len(files)} files, which are no pictures")
+            others = sorted({path.suffix for path in files if str(path) not in pictures})
+            kinds = ", ".join(ending or "no ending" for ending in others)
+            print(f"{name}: left out {len(files) - len(pictures)} of {len(files)} files, no pictures by name ({kinds})")
     return found
 
 
 def readable_endings() -> set[str]:
     """Of the names of files that Pillow reads: .jpg, .png, .webp and many more."""
     known_by_name_only = {".eps", ".ps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"}
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} - known_by_name_only
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return (known | {".mpo"}) - known_by_name_only  # an MPO is opened as the JPEG that it begins with
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -67,6 +70,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         ImageError: no such file, no image, truncated or damaged, with values that are no numbers, or so large that it
             would take too much memory or might be a decompression bomb.
+        OSError: memory is short.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
@@ -83,6 +87,8 @@ def read_image(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise ImageError(f"{path} would unpack to more than {limit:.0f} megapixels: a decompression bomb?") from None
+    except MemoryError:
+        raise OSError(f"{path}: there is not enough memory to unpack it") from None
     except Exception as error:  # Pillow's many readers answer a damaged file with many kinds of exception
         if isinstance(error, OSError) and error.strerror:  # the system's word: no such file, a folder, not permitted
             raise ImageError(f"cannot read {path}: {error.strerror}") from None

@@ -41,8 +41,15 @@ class Model(nn.Module):
         return self.config["img_size"]
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer, which belongs to the classes."""
-        return [module for module in self.modules() if isinstance(module, nn.Linear)][-1]
+        """The last linear layer, which belongs to the classes.
+
+        Raises:
+            ValueError: there is none.
+        """
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"{self.title} has no nn.Linear, so nobody knows which part of it belongs to the classes")
+        return linear[-1]
 
     def layers(self) -> list[list[nn.Module]]:
         """Its layers from the images to the logits, each a list of modules, for `--layer_decay`."""

@@ -143,6 +143,7 @@ def test_without_its_data_a_model_is_compared_on_other_pictures_and_no_accuracy_
     torch.manual_seed(0)
     path = save(small_vit().eval(), tmp_path / "a.pt", digits, dataset=dataset, source=str(tmp_path / dataset))
     (tmp_path / "a.int8.onnx").write_text("of an earlier model")
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)  # and nothing in it
     flags = ("--no-latency", "--data_dir", tmp_path / "data", "--figures_dir", tmp_path / "figures")
     code, out, _ = run(path, *flags)
     assert code == 0 and f"{dataset} is not on this machine" in out and words in out and "200 of 200" in out

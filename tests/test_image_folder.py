@@ -13,11 +13,13 @@ from PIL.PngImagePlugin import PngInfo
 from test_predict import READABLE, UNREADABLE
 
 import predict
+from images import loader
 from images.folder import ImageError
 from images.loader import DataError
 from network import CNN, VisionTransformer
 from setup_cifar import load_data
 from training.run import Run
+from training.trained import test_loader as its_test_images
 
 CLASSES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "eel": (40, 40, 200)}  # and their colours
 
@@ -62,6 +64,38 @@ def test_folders_for_all_three_splits_are_taken_as_they_are(pets):
         assert split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64
         assert split.images.shape[1:] == (3, 32, 32)
         assert split.labels.tolist() != sorted(split.labels.tolist())  # the first few are not of one class
+
+
+def test_what_is_not_used_is_named(pets, capsys):
+    write_pictures(pets / "valid", 1)
+    Image.new("RGB", (4, 4)).save(pets / "train" / "loose.png")
+    load_data(str(pets))
+    said = capsys.readouterr().err
+    assert "not used: valid (known are train, val and test)" in said
+    assert "train: not used: 1 files in no folder of a class" in said
+
+
+def test_a_model_can_be_tested_whatever_split_it_was_trained_with(tmp_path):
+    for number in range(20):  # until the usual split would leave no picture of a class to train on
+        pets = tmp_path / f"pets{number}"
+        write_pictures(pets / "train", 2, start=2 * number)
+        write_pictures(pets / "test", 2, start=100 + 2 * number)
+        try:
+            load_data(str(pets))
+        except ImageError as error:
+            assert str(error).endswith(f"or make the folder {pets / 'val'}")
+            break
+    data = load_data(str(pets), val_fraction=0)
+    model = CNN(32, 3)
+    model.metadata = data.metadata
+    assert its_test_images(model, None, 10, "cpu").num_images == 6
+
+
+def test_mean_and_deviation_of_many_pictures_are_taken_in_parts(pets, monkeypatch):
+    data = load_data(str(pets))
+    monkeypatch.setattr(loader, "MANY", 100)
+    assert load_data(str(pets)).mean == pytest.approx(data.mean)
+    assert load_data(str(pets)).std == pytest.approx(data.std)
 
 
 @pytest.mark.parametrize("present", [[], ["val"], ["test"]])

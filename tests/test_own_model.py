@@ -9,7 +9,7 @@ from helpers import SMALL, outcome, run_main
 
 from network import Model
 from support.files import CheckpointError, read_file, write_file
-from training.models import OwnModel, build_model, import_class
+from training.models import OwnModel, build_model, freeze_backbone, import_class, start_from
 from training.trained import load_model
 
 CODE = """
@@ -82,6 +82,28 @@ def test_it_is_trained_saved_loaded_and_used_by_every_script(file, tmp_path, mon
     started = ("--init_from", "saved/MyNet_digits.pt", "--freeze", "backbone", "--name", "again")
     run_main("train.py", *SMALL, "--epochs", 1, "--gif_frames", 0, "--model", model, *started)
     assert load_model("saved/again.pt", model=model).image_size == 32
+
+
+def test_weights_that_no_longer_fit_are_refused_in_a_line(file, tmp_path):
+    make = import_class(f"{file}:MyNet")
+    model = OwnModel("MyNet", {"output_size": 3, "img_size": 32}, make)
+    model.save(tmp_path / "first.pt", dataset="x", mean=[0.5] * 3, std=[0.5] * 3, source="x", classes=list("abc"))
+    later = OwnModel("MyNet", {"output_size": 3, "img_size": 32, "num_blocks": 2}, make)  # an argument that is new
+    start_from(later, tmp_path / "first.pt")
+    wider = OwnModel("MyNet", {"output_size": 3, "img_size": 32}, make)
+    wider.module.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="first.pt does not fit: weights: only in one of the two"):
+        start_from(wider, tmp_path / "first.pt")
+
+
+def test_a_model_without_a_linear_layer_has_no_head_to_train(tmp_path):
+    (tmp_path / "conv.py").write_text(
+        "import torch.nn as nn\nclass Conv(nn.Conv2d):\n    def __init__(self): super().__init__(3, 10, 32)\n",
+        encoding="utf-8",
+    )
+    model = OwnModel("Conv", {}, import_class(f"{tmp_path / 'conv.py'}:Conv"))
+    with pytest.raises(ValueError, match="Conv has no nn.Linear"):
+        freeze_backbone(model)
 
 
 @pytest.mark.parametrize("name", ["Broken", "BrokenLater"])

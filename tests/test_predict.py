@@ -253,10 +253,12 @@ def test_script_of_models_without_attention(tmp_path, model, other, run):
     for folder in ("a", "b"):  # two files of the same name, and two pictures
         (tmp_path / folder).mkdir()
         halves().save(tmp_path / folder / "same.png")
-    files = [tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"]
+    halves().save(tmp_path / "b" / "Same.png")  # which is another file, but not for a Mac
+    files = [tmp_path / "a" / "same.png", tmp_path / "b" / "same.png", tmp_path / "b" / "Same.png"]
     code, _, err = run(*files, "--checkpoint", tmp_path / "other.pt")
     assert code == 0 and err == []
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"other_prediction_same{n}.png" for n in ("", "_2")}
+    written = {f"other_prediction_{name}.png" for name in ("same", "same_2", "Same_3")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == written
 
 
 @pytest.mark.parametrize("options", [{"pooling": "cls", "patch_size": 6}, {"tokenizer": "conv", "pooling": "mean"}])
@@ -264,7 +266,8 @@ def test_pictures_of_other_vits(tmp_path, model, options):
     metadata = model.metadata
     model = VisionTransformer(hidden_size=16, num_heads=2, num_blocks=1, **options).eval()
     model.metadata = metadata
-    probabilities = predict.classify(model, halves(), tmp_path / "picture.png")
+    images, probabilities, attention = predict.classify(model, halves())
+    predict.draw_prediction(model, halves(), images, probabilities, attention, tmp_path / "picture.png")
     assert probabilities.sum() == pytest.approx(1)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 1000
@@ -281,7 +284,9 @@ def test_a_picture_that_cannot_be_written_does_not_stop_the_others(tmp_path, mod
         halves().save(tmp_path / name)
     (tmp_path / "out" / "model_prediction_folder.png").mkdir(parents=True)
     code, out, err = run(*(tmp_path / name for name in names), "--checkpoint", tmp_path / "model.pt")
-    assert code == 2 and len(out.splitlines()) == 6 and "good.png (60x40)" in out
+    # the answers are there, of those without a picture too
+    assert code == 2 and len(out.splitlines()) == 18 and "folder.png (60x40)\n" in out
+    assert f"good.png (60x40): {tmp_path / 'out' / 'model_prediction_good.png'}" in out
     assert len(err) == 2 and "cannot write" in err[0] and names[0][:-4] in err[0] and "folder" in err[1]
     assert not any(line.startswith("predict.py: error: [Errno") for line in err)
     assert (tmp_path / "out" / "model_prediction_good.png").is_file()
@@ -307,7 +312,7 @@ def test_a_folder_stands_for_the_pictures_in_it(tmp_path, model, run):
         halves().save(photos / name)
     (photos / "notes.txt").write_text("no picture")
     code, out, err = run(photos, "--checkpoint", tmp_path / "model.pt")
-    assert code == 0 and err == [] and "left out 1 of 3 files" in out
+    assert code == 0 and err == [] and "left out 1 of 3 files, no pictures by name (.txt)" in out
     found = [line.split(" (60x40)")[0] for line in out.splitlines() if "(60x40)" in line]
     assert found == [str(photos / "a" / "c.webp"), str(photos / "b.PNG")]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {f"model_prediction_{name}.png" for name in "bc"}

@@ -124,6 +124,13 @@ def test_what_is_frozen_does_not_change_and_the_head_does(name):
     assert before.requires_grad_(True).train().blocks[0].training
 
 
+def test_of_a_timm_model_with_two_heads_both_are_trained():
+    model = TimmModel("deit_tiny_distilled_patch16_224", 32, 3)
+    freeze_backbone(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"backbone.{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+
+
 def rates(optimizer, model):
     """The learning rate of each parameter by name."""
     names = {id(p): name for name, p in model.named_parameters()}

@@ -1,9 +1,11 @@
+import concurrent.futures
 import dataclasses
 import gzip
 import hashlib
 import http.server
 import io
 import pickle
+import sys
 import tarfile
 import threading
 import time
@@ -527,6 +529,30 @@ def test_download_of_a_whole_file(serve, tmp_path, capsys):
     assert_nothing_but(tmp_path / "folder" / "archive")
     assert server.ranges == [None]
     assert "downloading archive" in capsys.readouterr().err
+
+
+def test_two_that_want_a_file_at_once_fetch_it_once(serve, tmp_path):
+    server = serve(CONTENT, "whole", "whole")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(setup_cifar.find_or_download, tmp_path / "archive", [server.url], md5(CONTENT))
+    assert_nothing_but(tmp_path / "archive")
+    assert server.ranges == [None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+@pytest.mark.parametrize("why", ["no folder", "full"])
+def test_what_this_machine_cannot_write_is_no_broken_network(serve, tmp_path, why):
+    folder = tmp_path / "data"
+    if why == "full":
+        folder.mkdir()
+        (folder / "archive.part").symlink_to("/dev/full")
+    else:
+        folder.write_text("a file")
+    server = serve(CONTENT, "whole")
+    with pytest.raises(DataError, match="cannot write .*archive.part: (No space left|File exists)"):
+        fetch(server, folder / "archive", wait=60)
+    assert len(server.ranges) == 1
 
 
 def test_a_dropped_download_goes_on_where_it_stopped(serve, tmp_path):

@@ -143,6 +143,10 @@ def test_each_file_is_fetched_once(served, tmp_path):
     second = load_data(served.name, tmp_path / "data")
     assert len(served.asked) == asked and torch.equal(first.train.images, second.train.images)
     assert export.is_here({"dataset": served.name}, str(tmp_path / "data"))
+    if served.name != "svhn":  # torchvision would take such files unchecked
+        (folder_of(served, tmp_path / "data").parent / "processed").mkdir()
+        with pytest.raises(DataError, match="processed is of an earlier torchvision"):
+            load_data(served.name, tmp_path / "data")
 
 
 @pytest.mark.parametrize("wrong", ["cut", "another"])

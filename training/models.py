@@ -210,7 +210,8 @@ class TimmModel(Model):
         return self.config["name"]
 
     def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
+        head = self.backbone.get_classifier()
+        return nn.ModuleList(head) if isinstance(head, tuple) else head  # those that learn from a teacher have two
 
     def rate_scales(self, decay: float) -> dict[nn.Parameter, float]:
         from timm.optim import param_groups_layer_decay
@@ -276,7 +277,7 @@ def start_from(model: Model, path: str | Path) -> dict:
     different = [
         f"{name} is {theirs[name]} there and {value} here"
         for name, value in mine.items()
-        if name not in FREE and theirs[name] != value
+        if name in theirs and name not in FREE and theirs[name] != value  # your own class may have got a new argument
     ]
     if different:
         raise ValueError(f"{path} does not fit: {', '.join(different)}")
@@ -287,6 +288,10 @@ def start_from(model: Model, path: str | Path) -> dict:
             weights[name] = new[name]
         elif name == "embedding.position":
             weights[name] = resize_positions(weights[name], parameter.shape[1], source.embedding.cls_token is not None)
+    try:
+        schema.require_like(weights, new, "weights")
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit: {error}") from None
     model.load_state_dict(weights)
     return source.metadata
 

@@ -136,7 +136,7 @@ def load_pictures(source: str, data_dir: str | None, metadata: dict, img_size: i
     folder = data_dir if data_dir and (Path(data_dir) / "train").is_dir() else source
     if not Path(folder).is_dir():
         raise CheckpointError(f"the pictures that the model was trained on are not in {folder}: --data_dir says where")
-    return load_data(str(Path(folder).resolve()), img_size=img_size)
+    return load_data(str(Path(folder).resolve()), val_fraction=0, img_size=img_size)
 
 
 def not_trained_on(data: Dataset, models: list[Model]) -> Split:
