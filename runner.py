@@ -31,7 +31,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"device {name!r} is not available on this machine: choose auto, cpu, cuda or mps") from None
     return device
 

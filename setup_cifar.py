@@ -132,6 +132,13 @@ def load_data(
     read = DATASETS[dataset]
     leave_out = {} if test or "test" not in inspect.signature(read).parameters else {"test": False}
     train, tested, classes, flip = read(folder, **leave_out)
+    for split in (train, tested):
+        shape, kinds = split.images.shape, (split.images.dtype, split.labels.dtype)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or kinds != (torch.uint8, torch.int64):
+            raise DataError(
+                f"{dataset} has images {tuple(shape)} of {kinds[0]} and labels of {kinds[1]}: needed are images "
+                "(n, 3, side, side) of torch.uint8 and labels of torch.int64"
+            )
     train.ids, tested.ids = torch.arange(len(train)), len(train) + torch.arange(len(tested))  # which never change
     tested = tested if test else tested.subset(slice(0))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))

@@ -38,6 +38,8 @@ class Config(train.Config):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args, train.dependent_defaults)
     with cli.one_line_errors():
+        if config.config:
+            raise ValueError("--config repeats one run: say here the flags that it had")
         if config.fold is not None or config.folds < 2:
             raise ValueError(f"all are trained: leave --fold away, and --folds must be at least 2, not {config.folds}")
         data = load_data(
@@ -50,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
         options = runs.StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
         runs.require_positive(options)
-        flags = f"{flags_of(config)} --no_test"
+        flags = f"{flags_of(config)} --dataset {shlex.quote(config.dataset)} --no_test"
         folds = {f"{name}_fold{k}": f"{flags} --fold {k}/{config.folds}" for k in range(config.folds)}
         if failed := runs.train_missing(folds, options):
             cli.fail(f"not trained: {', '.join(failed)}; what went wrong is said above", code=1)
@@ -70,16 +72,14 @@ def main(args: list[str] | None = None) -> None:
 
 
 def flags_of(config: train.Config) -> str:
-    """The flags that give train.py this config, but for names and folders."""
-    flags, dependent = [], train.dependent_defaults(config)
-    for field in dataclasses.fields(train.Config):
-        value = getattr(config, field.name)
-        by_default = value == field.default == dependent.get(field.name, value)
-        if not by_default and field.name not in ("name", "output_dir", "data_dir", "resume", "gif_frames", "test"):
-            if isinstance(value, bool):
-                flags.append(f"--{field.name}" if value else f"--no_{field.name}")
-            else:
-                flags += [f"--{field.name}", str(value)]
+    """The flags that were typed, for train.py, but for the data set, names and folders."""
+    flags, left_out = [], ("dataset", "name", "output_dir", "data_dir", "resume", "gif_frames", "test")
+    for name in [field.name for field in dataclasses.fields(train.Config) if field.name in config.given]:
+        value = getattr(config, name)
+        if isinstance(value, bool):
+            flags += [f"--{name}" if value else f"--no_{name}"] * (name not in left_out)
+        elif name not in left_out:
+            flags += [f"--{name}", str(value)]
     return shlex.join(flags)
 
 

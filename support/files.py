@@ -8,6 +8,7 @@ import os
 import pickletools
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,10 @@ def find_file(path: str | Path) -> Path:
     path = Path(path)
     in_project = home() / path
     return in_project if not path.exists() and in_project.exists() else path
+
+
+# What is read back as it was written, besides tensors: of NumPy's numbers, say, a file would not be opened again.
+PLAIN = {dict, OrderedDict, list, tuple, str, int, float, bool, type(None)}
 
 
 class CheckpointError(ValueError):
@@ -187,6 +192,10 @@ def _digest(contents: Any) -> str:
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
+        if not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+            raise TypeError(
+                f"{value!r} cannot be saved: it is a {type(value).__name__}, and neither a tensor nor plain"
+            )
         if isinstance(value, dict):
             digest.update(b"{")
             for key, item in value.items():

@@ -9,8 +9,10 @@ import torch
 from helpers import run_main
 from PIL import Image
 
+import train
 from setup_cifar import DataError
 from studies import crossval
+from support import cli
 
 
 def rows(split):
@@ -110,3 +112,15 @@ def test_folds_that_hardly_differ_look_like_it(percentages, tmp_path):
     _, right = crossval.draw(reports, accuracies, tmp_path / "crossval.png", "").axes
     low, high = right.get_ylim()
     assert high - low >= 10 - 1e-9 and 0 <= low <= min(percentages) and max(percentages) <= high + 1e-9 <= 100 + 1e-8
+
+
+def test_flags_are_those_that_were_typed():
+    typed = "--preset quick --minutes 1 --dataset digits --no_whiten --output_dir out --name mine"
+    config = cli.parse(crossval.Config, typed.split(), train.dependent_defaults)
+    assert crossval.flags_of(config) == "--minutes 1.0 --preset quick --no_whiten"  # train.py adds what comes with them
+
+
+def test_a_stored_run_is_not_repeated_fold_by_fold(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--config", "saved/CNN.json", "--output_dir", tmp_path)
+    assert "--config repeats one run" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from support.files import CheckpointError, figures_folder, first_line, read_file
 from support.report import read_json, write_json
 from support.significance import paired_bootstrap
 from training.checkpoints import restore_runner, runner_state
-from training.optim import build_optimizer, build_schedule
+from training.optim import build_optimizer, build_schedule, checked_state
 from training.trained import load_model
 
 # ------------------------------------------------------------------------------------------ checkpoints (SIGSEGV)
@@ -73,6 +73,75 @@ def test_an_optimisers_state_is_compared_tensor_by_tensor(digits, optimizer, spo
         restore_runner(runner, state)
     assert all(torch.equal(a, b) for a, b in zip(weights, runner.model.parameters(), strict=True))
     runner.train(digits.loader("train", 500), digits.loader("val", 500), 1)  # and nothing of it is in use
+
+
+class Counting(torch.optim.SGD):
+    """Remembers in its group how many steps it has made, as Prodigy and others do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.NAdam(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+        lambda p: torch.optim.Adafactor(p, lr=0.1),
+        lambda p: Counting(p, lr=0.1, momentum=0.9),
+    ],
+    ids=["NAdam", "amsgrad", "Adafactor", "group"],
+)
+def test_an_optimiser_of_ones_own_goes_on_from_its_file(tmp_path, make):
+    def trained(steps, state=None):
+        layer = torch.nn.Linear(4, 3)
+        with torch.no_grad():
+            layer.weight.copy_(start if state is None else state["weight"]), layer.bias.zero_()
+        optimizer = make(layer.parameters())
+        if state is not None:
+            layer.bias.data.copy_(state["bias"])
+            optimizer.load_state_dict(checked_state(optimizer, state["optimizer"]))
+        for number in range(*steps):
+            optimizer.zero_grad()
+            layer(inputs[number]).square().sum().backward()
+            optimizer.step()
+        return {**layer.state_dict(), "optimizer": optimizer.state_dict()}
+
+    start, inputs = torch.randn(3, 4), torch.randn(6, 2, 4)
+    write_file(tmp_path / "state", trained((0, 3)))
+    resumed, whole = trained((3, 6), read_file(tmp_path / "state")), trained((0, 6))
+    assert torch.equal(resumed["weight"], whole["weight"]) and torch.equal(resumed["bias"], whole["bias"])
+    assert resumed["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), torch.Size([2]), {"deep": [np.int64(1)]}])
+def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
+    with pytest.raises(TypeError, match="cannot be saved: it is a (float64|Size|int64)"):
+        write_file(tmp_path / "file", {"callback": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_callbacks_of_a_class_are_both_remembered():
+    class Remembers:
+        def __init__(self, value):
+            self.value = value
+
+        def state_dict(self):
+            return {"value": self.value}
+
+        def load_state_dict(self, state):
+            self.value = state["value"]
+
+    def runner(*values):
+        model = CNN()
+        callbacks = [Remembers(value) for value in values]
+        return Runner(model, torch.optim.SGD(model.parameters(), 0.1), None, "cpu", callbacks=callbacks)
+
+    other = runner(0, 0)
+    restore_runner(other, runner_state(runner(1, 2)))
+    assert [callback.value for callback in other.callbacks] == [1, 2]
 
 
 @pytest.mark.parametrize("results", [{}, {"test_accuracy": None}, [], "done", {"test_accuracy": 0.5}])

@@ -34,6 +34,11 @@ class BrokenLater(MyNet):
     def forward(self, images):
         raise ValueError("a bug of my own")
 
+class Lazy(MyNet):
+    def __init__(self, output_size):
+        super().__init__(output_size)
+        self.layer = nn.LazyLinear(output_size)
+
 class TooMany(MyNet):
     def forward(self, images):
         return super().forward(images).repeat(1, 2)
@@ -91,7 +96,7 @@ def test_weights_that_no_longer_fit_are_refused_in_a_line(file, tmp_path):
     later = OwnModel("MyNet", {"output_size": 3, "img_size": 32, "num_blocks": 2}, make)  # an argument that is new
     start_from(later, tmp_path / "first.pt")
     wider = OwnModel("MyNet", {"output_size": 3, "img_size": 32}, make)
-    wider.module.extra = torch.nn.Linear(2, 2)
+    wider.module.extra = torch.nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="first.pt does not fit: weights: only in one of the two"):
         start_from(wider, tmp_path / "first.pt")
 
@@ -120,6 +125,7 @@ def test_an_error_in_ones_own_code_keeps_its_traceback(file, tmp_path, name):
         ("{}:Number", "no nn.Module"),
         ("none.py:MyNet", "no file"),
         ("{}:TooMany", "logits (2, 20), needed are (2, 10)"),
+        ("{}:Lazy", "cannot be loaded: give it its sizes"),
     ],
 )
 def test_what_is_not_there_is_one_line(file, tmp_path, where, words):

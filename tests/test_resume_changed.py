@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from network import FeedForward
 from runner import Runner
+from support.files import CheckpointError
 from training.checkpoints import Checkpoints
 from training.optim import SCHEDULES, build_optimizer, build_schedule
 
@@ -123,3 +124,23 @@ def test_a_changed_rate_or_length_holds_from_the_resume_on(tmp_path):
     rates_of_a_run(tmp_path, before, stop_after=12)
     longer = rates_of_a_run(tmp_path, dataclasses.replace(before, epochs=8), resume=True)
     assert len(longer) == 36 and longer[0] == pytest.approx(0.01 * 36 / 48, rel=0.05) and longer[-1] < 5e-4
+
+
+def test_a_hyperparameter_that_is_newer_than_the_checkpoint_is_as_by_default(tmp_path):
+    loader = DATA.loader("train", 8)
+
+    def checkpoints(**hyperparameters):
+        chosen = {"batch_size": 8, "epochs": 2, "optimizer": "sgd", **hyperparameters}
+        model = FeedForward(48, 2, 10)
+        runner = Runner(model, build_optimizer(model, "sgd", 0.1), torch.nn.CrossEntropyLoss(), "cpu", verbose=False)
+        return runner, Checkpoints(tmp_path / "checkpoint", chosen, data=DATA)
+
+    runner, before = checkpoints()
+    runner.train(loader, DATA.loader("val", 8), 1)
+    before.write(runner)
+    resumed, now = checkpoints(gamma=2.0)
+    now.resume(resumed, loader, set(), set(), changes_allowed=False, defaults={"gamma": 2.0})
+    assert resumed.epoch == 1
+    resumed, now = checkpoints(gamma=3.0)
+    with pytest.raises(CheckpointError, match="gamma was 2.0 and is 3.0"):
+        now.resume(resumed, loader, set(), set(), changes_allowed=False, defaults={"gamma": 2.0})

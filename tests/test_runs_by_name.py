@@ -53,6 +53,8 @@ def named(data: Dataset, *args) -> str:
         ("--fold 0/5", "VisionTransformer_fold_0of5"),
         ("--no_whiten --skip_nonfinite", "VisionTransformer_no_whiten_skip_nonfinite"),
         ("--val_fraction 0", "VisionTransformer_all"),
+        ("--preset quick --model mlp", "MLP_quick"),  # and not its tokenizer, which an MLP does not have
+        ("--preset best --fold 0/5", "VisionTransformer_best_fold_0of5"),
         ("--init_from saved/CNN.pt", "VisionTransformer_from_CNN"),
         ("--gif_frames 3 --checkpoint_minutes 1 --threads 1", "VisionTransformer"),  # nothing else is learned
     ],

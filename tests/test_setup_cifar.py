@@ -531,6 +531,15 @@ def test_download_of_a_whole_file(serve, tmp_path, capsys):
     assert "downloading archive" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", [{"shape": (5, 1, 8, 8)}, {"shape": (5, 3, 8, 6)}, {"labels": torch.int32}])
+def test_a_data_set_of_ones_own_has_to_have_the_right_shape(monkeypatch, wrong):
+    images = torch.zeros(wrong.get("shape", (5, 3, 8, 8)), dtype=torch.uint8)
+    split = Split(images, torch.arange(5).to(wrong.get("labels", torch.int64)))
+    monkeypatch.setitem(setup_cifar.DATASETS, "mine", lambda data_dir: (split, split, list("abcde"), True))
+    with pytest.raises(DataError, match="mine has images .*: needed are"):
+        load_data("mine")
+
+
 def test_two_that_want_a_file_at_once_fetch_it_once(serve, tmp_path):
     server = serve(CONTENT, "whole", "whole")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

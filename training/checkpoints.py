@@ -57,7 +57,13 @@ class Checkpoints:
         self._written = time.monotonic()
 
     def resume(
-        self, runner: Runner, train_loader: ImageLoader, images: set[str], free: set[str], changes_allowed: bool
+        self,
+        runner: Runner,
+        train_loader: ImageLoader,
+        images: set[str],
+        free: set[str],
+        changes_allowed: bool,
+        defaults: dict | None = None,
     ) -> dict | None:
         """Bring the runner to where the checkpoint was written; returns the results of a run that has ended.
 
@@ -69,12 +75,13 @@ class Checkpoints:
                 is validated on.
             free: those that may always differ, as they change nothing of what is learned.
             changes_allowed: whether the others may.
+            defaults: of hyperparameters that are newer than the checkpoint.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters or images.
         """
         checkpoint = distributed.broadcast(read_checkpoint, self.path)
-        before, now = in_todays_words(checkpoint["config"]), self.hyperparameters
+        before, now = {**(defaults or {}), **in_todays_words(checkpoint["config"])}, self.hyperparameters
         if self.data and self.data.is_folder:
             free = {*free, "dataset"}  # the pictures themselves are compared, wherever they lie now
         changed = {
@@ -283,4 +290,11 @@ def _dtype(metric: str) -> torch.dtype:
 
 
 def _stateful(runner: Runner) -> dict[str, object]:
-    return {type(callback).__name__: callback for callback in runner.callbacks if hasattr(callback, "state_dict")}
+    """Callbacks that have something to remember, by their class; a second one of a class has a number."""
+    found = {}
+    for callback in runner.callbacks:
+        if hasattr(callback, "state_dict"):
+            name = type(callback).__name__
+            number = sum(other.partition(" ")[0] == name for other in found) + 1
+            found[f"{name} {number}" if number > 1 else name] = callback
+    return found

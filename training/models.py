@@ -60,6 +60,10 @@ def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: in
     arguments = {key: value for key, value in {**hyperparameters, **sizes}.items() if key in wanted}
     if ".py:" in name:
         model = OwnModel(cls.__name__, arguments, cls).eval()
+        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise ValueError(
+                f"{name}: a saved model with nn.LazyLinear or the like cannot be loaded: give it its sizes"
+            )
         with torch.no_grad():
             shape = tuple(getattr(model(torch.zeros(2, 3, img_size, img_size)), "shape", ()))
         if shape != (2, num_classes):
@@ -69,7 +73,7 @@ def build_model(name: str, hyperparameters: dict, img_size: int, num_classes: in
         arguments["name"] = name.removeprefix("timm:")
     try:
         return cls(**arguments)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"a model of these sizes cannot be made: {first_line(error)}") from None
 
 

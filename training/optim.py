@@ -190,6 +190,7 @@ def set_position(schedule: LambdaLR, step: int) -> None:
         group["lr"] = peak * factor(step)
 
 
+RATES_OF_A_GROUP = ("params", "lr", "initial_lr", "weight_decay", "momentum", "betas")  # which a run sets itself
 # What these optimisers remember of each parameter, besides `step` tensors of its shape.
 MEMORY = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Adam: {"step", "exp_avg", "exp_avg_sq"}}
 MEMORY |= {SGD: {"momentum_buffer"}, Muon: {"momentum_buffer"}}
@@ -198,7 +199,8 @@ MEMORY |= {SGD: {"momentum_buffer"}, Muon: {"momentum_buffer"}}
 def checked_state(optimizer: Optimizer, state: dict) -> dict:
     """A state for `optimizer.load_state_dict`: what a file remembers of each parameter, and the optimiser's own rates.
 
-    torch takes a state as it comes, and fused AdamW writes beyond the end of tensors that are too small.
+    torch takes a state as it comes, and fused AdamW writes beyond the end of tensors that are too small. What an
+    optimiser of your own remembers is not known here, so it is taken as it comes.
 
     Raises:
         ValueError: it is not that of such an optimiser for these parameters.
@@ -211,11 +213,19 @@ def checked_state(optimizer: Optimizer, state: dict) -> dict:
     memory = state.get("state") if isinstance(state, dict) else None
     if not isinstance(memory, dict) or not memory.keys() <= set(range(len(parameters))):
         raise ValueError("it remembers other parameters than the optimizer's")
+    groups, known = optimizer.state_dict()["param_groups"], MEMORY.get(type(optimizer))
+    if known is None:
+        schema.check(state.get("param_groups"), [{...: schema.ANYTHING}], "param_groups")
+        pairs = zip(state["param_groups"], groups, strict=True)
+        groups = [{**before, **{key: now[key] for key in RATES_OF_A_GROUP if key in now}} for before, now in pairs]
+        return {"state": memory, "param_groups": groups}
+    if any(group.get("amsgrad") for group in groups):
+        known = known | {"max_exp_avg_sq"}
     scalar = torch.zeros((), dtype=torch.float32)
     for number, values in memory.items():
-        if not isinstance(values, dict) or values.keys() != MEMORY.get(type(optimizer), values.keys()):
+        if not isinstance(values, dict) or values.keys() != known:
             raise ValueError(f"it does not remember of parameter {number} what {type(optimizer).__name__} does")
         for name, value in values.items():
             wanted = scalar if name == "step" else parameters[number]
             schema.require_like(value, wanted, f"{name} of parameter {number}")
-    return {"state": memory, "param_groups": optimizer.state_dict()["param_groups"]}
+    return {"state": memory, "param_groups": groups}

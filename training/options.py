@@ -133,7 +133,7 @@ def name_of(title: str, data: Dataset, config, usual: dict[str, Any]) -> str:
     parts = [title] + ([] if data.name == "cifar10" else [data.name])
     parts += names if len(names) <= 4 else [f"{len(names)}classes"]
     usual = {**hyperparameters(type(config)()), **usual} | ({"epochs": config.epochs} if config.minutes else {})
-    left_out = {"model", "dataset", "classes"}
+    left_out = {"model", "dataset", "classes", *without_effect(config, data)}
     if "precision" not in config.given:
         left_out.add("precision")  # the machine chose it
     if "batch_size" not in config.given and not config.config:
@@ -178,11 +178,13 @@ def drop_without_effect(config, data: Dataset) -> None:
         same = [name for name in flags if flags[name] == reason]
         names = [f"--no_{name}" if getattr(config, name) is False else f"--{name}" for name in same]
         print(f"{', '.join(names)} {'have' if len(names) > 1 else 'has'} no effect {reason}")
-    preset = [name for name, reason in reasons.items() if name not in config.given and reason.startswith("on a")]
+    of_preset = ("on a", "with --fold")  # what it says for another model or split
+    preset = [name for name, reason in reasons.items() if name not in config.given and reason.startswith(of_preset)]
     default = type(config)()
     preset = [name for name in preset if getattr(config, name) != getattr(default, name)]
-    if preset and config.preset != "default":
-        print(f"what --preset {config.preset} says of {', '.join(preset)} has no effect {reasons[preset[0]]}")
+    for reason in dict.fromkeys(reasons[name] for name in preset if config.preset != "default"):
+        same = [name for name in preset if reasons[name] == reason]
+        print(f"what --preset {config.preset} says of {', '.join(same)} has no effect {reason}")
     for name in [*flags, *preset]:
         setattr(config, name, getattr(default, name))
 
@@ -275,7 +277,8 @@ def check(config) -> None:
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
         (FRACTIONS, lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-        (("seed",), lambda x: 0 <= x < 2**32, "must be in [0, 2**32)"),
+        (POSITIVE + NOT_NEGATIVE, lambda x: x < 1e9, "is too large"),
+        (("seed", "split_seed"), lambda x: 0 <= x < 2**32, "must be in [0, 2**32)"),
         (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
     ):
         for name in names:
@@ -300,3 +303,5 @@ def check(config) -> None:
     parts = re.split(r"[/\\]", "name" if config.name is None else config.name)
     if {"", ".", ".."} & set(parts):
         raise ValueError(f"name {config.name!r} must be that of a file in saved/, with or without folders before it")
+    if parts[-1].endswith((".best", ".last")):
+        raise ValueError(f"name {config.name!r}: files that end so belong to runs with --patience")

@@ -233,7 +233,7 @@ def choose(run, data: Dataset, with_preset: Callable[[str], Any], began: float) 
         needed = math.ceil(10 * needed / 60 / AIM) / 10
         raise ValueError(
             f"minutes {config.minutes} is too short here: start, a few steps, validation, test and pictures take "
-            f"about {needed:g}; --gif_frames 0 needs less"
+            f"about {needed:g}{'; --gif_frames 0 needs less' if config.gif_frames else ''}"
         )
     name = max(guesses, key=guesses.get) if guesses else config.preset
     if guesses:

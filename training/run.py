@@ -103,7 +103,7 @@ class Run:
         size = f"{num_parameters(model):,} parameters, {len(data.train):,} images"
         print(f"{self.title}: {size}, on {self.device} in {config.precision}{processes}", flush=True)
         if not len(data.val):
-            print("nothing is validated, so nothing can be chosen: all images are trained on")
+            print("nothing is validated, so nothing can be chosen")
         elif len(data.val) < FEW:
             points = 100 / len(data.val)
             print(f"only {len(data.val)} validation images, {points:.2g} points of accuracy each: they say little")
@@ -140,6 +140,8 @@ class Run:
             results = ended or self.resume(runner, train_loader)
             if results and distributed.broadcast(self.has_written, runner, results):
                 print(f"this run has finished: {accuracy_of(results)}, {self.paths.model}")
+                if self.config.test and "test_accuracy" not in results:
+                    print(f"it has not seen the test images; to test it: python evaluate.py {short(self.paths.model)}")
                 return False
             if ended:
                 read_json(self.paths.report, schema.REPORT, "; run without --resume to train it anew")
@@ -181,7 +183,8 @@ class Run:
         groups = cli.flag_groups(type(self.config))
         images = {name for name, (title, _) in groups.items() if title == "data"}
         free = {name for name in groups if name not in hyperparameters(self.config)}
-        return self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed)
+        defaults = dataclasses.asdict(type(self.config)())
+        return self.checkpoints.resume(runner, train_loader, images, free, self.config.resume_changed, defaults)
 
     def set_aside(self) -> None:
         """Rename what an interrupted run of this name has written, and one that learned something else, before it is
