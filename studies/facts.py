@@ -22,7 +22,7 @@ from support import cli, schema
 from support.model import num_parameters
 from support.report import machine_of, read_json
 from support.significance import paired_t, verdict, wilson
-from training.models import build_model
+from training.models import build_model, count_flops
 from training.presets import PRESETS
 from training.trained import views
 
@@ -37,6 +37,7 @@ IMAGES = 10_000  # that CIFAR-10 has for testing
 HEADLINES = {
     "vit": ("Vision Transformer", "", ("studies/study_default_vit_patch4_seed*",)),
     "accurate": ("ViT behind convolutions, wide", "--preset accurate", ("studies/accurate_seed*",)),
+    "best": ("ViT behind convolutions, wide, all images", "--preset best", ("studies/best_seed*",)),
     "small": ("ViT behind convolutions, narrow", "--preset small", ("studies/small_seed*",)),
     "quick": ("small ViT, for seconds", "--preset quick", ("studies/quick_seed*",)),
     "resnet20": ("ResNet-20", "--model resnet20", ("studies/study_default_resnet20_seed*",)),
@@ -85,6 +86,8 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         "n": len(runs),
         "parameters": results[0]["parameters"],
         "epochs": first["config"]["epochs"],
+        "images": TRAINING if first["config"].get("val_fraction", 1) else TRAINING + HELD_OUT,
+        "threads": first["provenance"]["threads"],
         "val": float(np.mean(validated)) if validated else None,
         **tested,
         "seconds": [result["training_seconds"] for result in results],
@@ -104,6 +107,7 @@ def headline(root: Path) -> dict:
         if runs := find_runs(root, *names):
             command = f"python train.py {flags}".strip()
             found[key] = {"key": key, "title": title, "command": command, **of_runs(runs)}
+            found[key]["with_views"] = accuracies_with_views(root, runs)
     rows = list(found.values())
     runs = {name: run for row in rows for name, run in row["runs"].items()}
     resnet, vit = found["resnet20"], found["vit"]
@@ -120,6 +124,12 @@ def headline(root: Path) -> dict:
             "parameters": vit["parameters"] / resnet["parameters"],
         },
     }
+
+
+def accuracies_with_views(root: Path, runs: dict[str, dict]) -> list[float]:
+    """Of the test images, by those of the runs whose answers over flips and shifts are stored."""
+    paths = [root / "figures" / f"{Path(name).stem}_flip_shift_evaluation.json" for name in runs]
+    return [read_figures(root, path.stem)["accuracy"] for path in paths if path.exists()]
 
 
 def yardsticks(root: Path) -> dict:
@@ -287,14 +297,19 @@ def tried(root: Path) -> dict:
 
 
 def recipe(_root: Path) -> dict:
-    """Today's defaults, by preset: what `train.py --preset NAME` trains with."""
+    """Today's defaults, by preset: what `train.py --preset NAME` trains with, and the 10^15 operations of that."""
     found = {}
     for preset in PRESETS:
         config = cli.parse(train.Config, ["--preset", preset], train.dependent_defaults, remember=False)
         values = dataclasses.asdict(config)
         tokens = (config.img_size // config.patch_size) ** 2
         values |= {"tokens": tokens, "head_size": config.hidden_size // config.num_heads}
-        values |= {"parameters": num_parameters(build_model(config.model, values, config.img_size, 10))}
+        model = build_model(config.model, values, config.img_size, 10).eval()
+        one = torch.zeros(1, 3, config.img_size, config.img_size)
+        images = config.epochs * (TRAINING if config.val_fraction else TRAINING + HELD_OUT)
+        # going back takes twice as many operations as going forward
+        values |= {"pflops": 3 * images * count_flops(lambda model=model, one=one: model(one)) / 1e15}
+        values |= {"parameters": num_parameters(model)}
         found[preset] = values
     by_tokenizer = {}
     for preset, values in found.items():

@@ -343,6 +343,10 @@ def outdated(root: Path) -> list[str]:
     for name, (command, of) in of_model.items():
         if abs(of(read_json(root / "figures" / f"{name}.json")) - accuracy) > 0.0005:
             faults.append(f"figures/{name}.json is of another model than saved/VisionTransformer.pt: run {command}")
+    for path in (root / "figures").glob("*_seed*_flip_shift_evaluation.json"):
+        run = path.name.removesuffix("_flip_shift_evaluation.json")
+        if abs(read_json(path)["without"]["accuracy"] - read_json(stored[run])["results"]["test_accuracy"]) > 0.0005:
+            faults.append(f"figures/{path.name} is of another model than {run}: run evaluate.py with --flip --shift")
     return faults
 
 
