@@ -20,7 +20,6 @@ CONSTANTS = {
         r"\b(60,000 pictures|40,000( training)? images|10,000( test| validation)? images|10,000 of CIFAR-10)",
         r"\bother 10,000\b",
         r"\b80/20\b",
-        r"\*\* \| 40,000 \|",
         r"\b1,797\b",
         r"\b200 pictures\b",
         r"\b60 pictures\b",

@@ -19,7 +19,7 @@ from network import Model
 from runner import choose_precision
 from support import cli
 from support.report import read_json, write_json
-from training.options import drop_without_effect, name_of, stored_values
+from training.options import check, drop_without_effect, name_of, stored_values
 from training.run import Run
 
 TINY = "--dataset digits --model mlp --hidden_size 8 --epochs 1 --batch_size 200 --gif_frames 0 --device cpu".split()
@@ -62,6 +62,12 @@ def named(data: Dataset, *args) -> str:
 def test_a_name_says_what_is_not_default(flags, name, digits):
     digits = Dataset("cifar10", digits.classes, digits.train, digits.val, digits.test, flip=True)
     assert named(digits, *flags.split()) == name
+
+
+def test_a_slash_at_the_end_makes_no_other_folder():
+    config = cli.parse(train.Config, ["--dataset", "some/pets/"], train.dependent_defaults)
+    check(config)
+    assert config.dataset == "some/pets"
 
 
 def test_other_data_are_in_the_name_but_not_the_values_that_come_with_them(digits):

@@ -284,6 +284,7 @@ def check(config) -> None:
         for name in names:
             if getattr(config, name) is not None and not holds(getattr(config, name)):
                 raise ValueError(f"{name} {getattr(config, name)} {what}")
+    config.dataset = config.dataset.rstrip("/\\") or config.dataset  # pets/ is pets
     check_minutes(config)
     parse_augment(config.augment)
     find_model(config.model)
