@@ -151,7 +151,7 @@ def test_without_its_data_a_model_is_compared_on_other_pictures_and_no_accuracy_
     assert words in report["compared_on"] and "test_images" not in report
     assert report["validation_accuracy_lost_in_8_bits"] is None
     assert not any("accuracy" in row for row in report["rows"].values())
-    names = {"a.pt", "a.onnx", "a.pt2", "figures"}
+    names = {"a.pt", "a.onnx", "a.pt2", "data", "figures"}
     assert {file.name for file in tmp_path.iterdir()} == names  # 8 bits are kept only where their accuracy is known
 
 

@@ -277,7 +277,7 @@ def check(config) -> None:
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
         (FRACTIONS, lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-        (POSITIVE + NOT_NEGATIVE, lambda x: x < 1e9, "is too large"),
+        (POSITIVE + NOT_NEGATIVE, lambda x: x <= 1e30, "is too large"),
         (("seed", "split_seed"), lambda x: 0 <= x < 2**32, "must be in [0, 2**32)"),
         (("gif_frame_duration",), lambda x: x <= 655_350, "is longer than a GIF can: 655350 milliseconds"),
     ):
