@@ -162,7 +162,6 @@ FILTERS: dict[str, Callable] = {
     "mean": lambda values: float(np.mean(values)),
     "p": lambda value: "< 0.001" if value < 0.001 else f"= {value:.{3 if value < 0.1 else 2}f}",
     "being": lambda verdict: verdict if verdict.startswith("cannot") else f"is {verdict}",
-    "gains": lambda values: f"{bare(min(values), 0)} to {bare(max(values), 0)} %",
     "megabytes": lambda mega: f"{mega:.0f} MB" if mega < 1000 else f"{mega / 1000:.1f} GB",
     **{
         filter.__name__: filter

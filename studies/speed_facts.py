@@ -173,6 +173,7 @@ def scaling(root: Path) -> dict:
     return {
         "throughput": rows,
         "precision": rows[0].get("precision", "fp32"),
+        "where": processor_of(stored["provenance"]["throughput"]),
         "pairs": pairs,
         "base_mb": stored["memory"]["base_mb"],
         "memory": unique([*first, *others]),
