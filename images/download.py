@@ -36,7 +36,7 @@ def file_md5(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Within, no other process of this user is alone with the same path: it waits."""
+    """Within, this process alone has the path: others of this user that want it wait."""
     user = getattr(os, "getuid", int)()  # another one's lock could not be opened; Windows has a folder for each user
     name = hashlib.md5(f"{user} {path.resolve()}".encode()).hexdigest()
     with FileLock(Path(tempfile.gettempdir()) / f"download-{name}.lock"):  # not beside it: there may be no folder yet

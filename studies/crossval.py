@@ -76,10 +76,9 @@ def flags_of(config: train.Config) -> str:
     flags, left_out = [], ("dataset", "name", "output_dir", "data_dir", "resume", "gif_frames", "test")
     for name in [field.name for field in dataclasses.fields(train.Config) if field.name in config.given]:
         value = getattr(config, name)
-        if isinstance(value, bool):
-            flags += [f"--{name}" if value else f"--no_{name}"] * (name not in left_out)
-        elif name not in left_out:
-            flags += [f"--{name}", str(value)]
+        if name in left_out:
+            continue
+        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(flags)
 
 

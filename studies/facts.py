@@ -18,11 +18,12 @@ import torch
 import train
 from network import ResNet20
 from studies.ablation import ROWS
+from studies.compare import forward_flops
 from support import cli, schema
 from support.model import num_parameters
 from support.report import machine_of, read_json
 from support.significance import paired_t, verdict, wilson
-from training.models import build_model, count_flops
+from training.models import build_model
 from training.presets import PRESETS
 from training.trained import views
 
@@ -86,7 +87,7 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         "n": len(runs),
         "parameters": results[0]["parameters"],
         "epochs": first["config"]["epochs"],
-        "images": TRAINING if first["config"].get("val_fraction", 1) else TRAINING + HELD_OUT,
+        "images": training_images(first["config"].get("val_fraction", 1)),
         "threads": first["provenance"]["threads"],
         "val": float(np.mean(validated)) if validated else None,
         **tested,
@@ -124,6 +125,10 @@ def headline(root: Path) -> dict:
             "parameters": vit["parameters"] / resnet["parameters"],
         },
     }
+
+
+def training_images(val_fraction: float) -> int:
+    return TRAINING if val_fraction else TRAINING + HELD_OUT
 
 
 def accuracies_with_views(root: Path, runs: dict[str, dict]) -> list[float]:
@@ -305,10 +310,9 @@ def recipe(_root: Path) -> dict:
         tokens = (config.img_size // config.patch_size) ** 2
         values |= {"tokens": tokens, "head_size": config.hidden_size // config.num_heads}
         model = build_model(config.model, values, config.img_size, 10).eval()
-        one = torch.zeros(1, 3, config.img_size, config.img_size)
-        images = config.epochs * (TRAINING if config.val_fraction else TRAINING + HELD_OUT)
+        images = config.epochs * training_images(config.val_fraction)
         # going back takes twice as many operations as going forward
-        values |= {"pflops": 3 * images * count_flops(lambda model=model, one=one: model(one)) / 1e15}
+        values |= {"pflops": 3 * images * forward_flops(model, config.img_size) / 1e15}
         values |= {"parameters": num_parameters(model)}
         found[preset] = values
     by_tokenizer = {}

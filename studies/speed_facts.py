@@ -151,7 +151,7 @@ def scaling(root: Path) -> dict:
         pairs.append(
             {
                 "hidden_size": size,
-                "gain": processes["images_per_second"] / threads["images_per_second"] - 1,
+                "of_threads": processes["images_per_second"] / threads["images_per_second"],
                 "speedup": processes["speedup"],
                 "step": 128 / processes["images_per_second"],
                 "all_reduce": processes["all_reduce_seconds"],

@@ -57,7 +57,7 @@ def rates_of_a_run(folder: Path, chosen: Settings, stop_after: int | None = None
 
     runner.callbacks.append(SimpleNamespace(step_start=note))
     if resume:
-        checkpoints.resume(runner, loader, images=set(), free=set(), changes_allowed=True)
+        checkpoints.resume(runner, loader, images=set(), free=set(), changes_allowed=True, defaults={})
     if runner.epoch < chosen.epochs:
         runner.train(loader, DATA.loader("val", 8), chosen.epochs - runner.epoch)
     checkpoints.write(runner)

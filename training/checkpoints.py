@@ -63,7 +63,7 @@ class Checkpoints:
         images: set[str],
         free: set[str],
         changes_allowed: bool,
-        defaults: dict | None = None,
+        defaults: dict,
     ) -> dict | None:
         """Bring the runner to where the checkpoint was written; returns the results of a run that has ended.
 
@@ -81,7 +81,7 @@ class Checkpoints:
             CheckpointError: there is none, it is damaged, or it belongs to a run with other hyperparameters or images.
         """
         checkpoint = distributed.broadcast(read_checkpoint, self.path)
-        before, now = {**(defaults or {}), **in_todays_words(checkpoint["config"])}, self.hyperparameters
+        before, now = {**defaults, **in_todays_words(checkpoint["config"])}, self.hyperparameters
         if self.data and self.data.is_folder:
             free = {*free, "dataset"}  # the pictures themselves are compared, wherever they lie now
         changed = {

@@ -284,12 +284,12 @@ def check(config) -> None:
         for name in names:
             if getattr(config, name) is not None and not holds(getattr(config, name)):
                 raise ValueError(f"{name} {getattr(config, name)} {what}")
-    config.dataset = config.dataset.rstrip("/\\") or config.dataset  # pets/ is pets
     check_minutes(config)
     parse_augment(config.augment)
     find_model(config.model)
     if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
         raise ValueError(f"fold {config.fold} must be a number and how many there are: 0/5 is the first of five")
+    config.dataset = config.dataset.rstrip("/\\") or config.dataset  # pets/ is pets
     if config.classes:
         config.classes = join_names(split_names(config.classes))
     timm, weights = config.model.startswith("timm:"), config.pretrained or config.pretrained_file
