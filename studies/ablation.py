@@ -11,10 +11,12 @@ recipes are chosen here. Writes figures/ablation.md, .json and .png, always of a
 """
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -22,6 +24,7 @@ from studies import runs
 from studies.runs import Row
 from support import cli
 from support.figures import BLUE, DARK, GREY, add_axes, new_figure, save_figure
+from support.significance import interval_text, paired_t, points
 
 ROWS = {
     "default": Row("the default recipe", "", 3),
@@ -60,6 +63,7 @@ class Config(runs.StudyOptions):
     # what is trained
     epochs: int = 5  # of each run
     only: tuple[Literal[tuple(ROWS)], ...] = tuple(ROWS)  # rows to train
+    seeds: int | None = None  # runs of each row; default: three of the first rows, one of the others
 
     @property
     def name(self) -> str:
@@ -70,8 +74,8 @@ class Config(runs.StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        runs.require_positive(config, "epochs")
-        everything = plan(dataclasses.replace(config, only=tuple(ROWS)))
+        runs.require_positive(config, "epochs", "seeds")
+        everything = plan(dataclasses.replace(config, only=tuple(ROWS), seeds=10))
         failed = runs.train_missing(plan(config), config, beside=everything) if config.train else []
         table = summarise(config)
         prefix = config.figures / config.name
@@ -83,41 +87,48 @@ def main(args: list[str] | None = None) -> None:
 def plan(config: Config) -> runs.Runs:
     """The runs asked for: a first one of every row, and then a second one."""
     common = f"--dataset {config.dataset} --epochs {config.epochs} --no_test"
+    rows = {key: row._replace(seeds=config.seeds or row.seeds) for key, row in ROWS.items() if key in config.only}
     return {
         f"{config.name}_{key}_seed{seed}": f"{common} {row.flags} --seed {seed}"
-        for seed in range(max(row.seeds for row in ROWS.values()))
-        for key, row in ROWS.items()
-        if seed < row.seeds and key in config.only
+        for seed in range(max(row.seeds for row in rows.values()))
+        for key, row in rows.items()
+        if seed < row.seeds
     }
 
 
 def summarise(config: Config) -> pd.DataFrame:
     """Of each row that has a run: title, flags, and the validation accuracy of each run, their mean, standard deviation
-    and difference from the default's runs with the same seeds (fractions); nan where that cannot be said.
+    and difference from the default's runs with the same seeds (fractions), with Student's 95 % interval
+    `[low, high]` over the seeds; nan or None where that cannot be said.
 
     Raises:
         ValueError: nothing is stored.
     """
     found = {
-        (key, seed): runs.read_report(path.stem, config)["results"]["val_accuracy"]
-        for key, row in ROWS.items()
-        for seed in range(row.seeds)
-        if (path := config.saved / f"{config.name}_{key}_seed{seed}.json").exists()
+        key: {seed: runs.read_report(f"{prefix}{seed}", config)["results"]["val_accuracy"] for seed in seeds}
+        for key in ROWS
+        if (seeds := runs.stored_seeds(prefix := f"{config.name}_{key}_seed", config))
     }
     if not found:
         raise ValueError(f"no run of {config.epochs} epochs on {config.dataset} is stored in {config.saved}")
-    accuracies = pd.Series(found).unstack(sort=False)  # a row for each of ROWS, a column for each seed
-    rows = [ROWS[key] for key in accuracies.index]
-    differences = accuracies.sub(accuracies.reindex(["default"]).iloc[0])
-    table = {
-        "title": [row.title for row in rows],
-        "flags": [row.flags for row in rows],
-        "val_accuracies": [values.dropna().tolist() for _, values in accuracies.iterrows()],
-        "mean": accuracies.mean(axis=1),
-        "std": accuracies.std(axis=1),
-        "difference": differences.drop("default", errors="ignore").mean(axis=1),
-    }
-    return pd.DataFrame(table, index=accuracies.index).rename_axis("row").reset_index()
+    rows, default = [], found.get("default", {})
+    for key, accuracies in found.items():
+        values = list(accuracies.values())
+        pairs = sorted(accuracies.keys() & default.keys()) if key != "default" else []
+        compared = paired_t([accuracies[seed] for seed in pairs], [default[seed] for seed in pairs]) if pairs else {}
+        rows.append(
+            {
+                "row": key,
+                "title": ROWS[key].title,
+                "flags": ROWS[key].flags,
+                "val_accuracies": values,
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else np.nan,
+                "difference": compared.get("difference", np.nan),
+                "interval": compared.get("interval"),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def as_markdown(table: pd.DataFrame, config: Config) -> str:
@@ -128,13 +139,17 @@ def as_markdown(table: pd.DataFrame, config: Config) -> str:
         {
             "": row.title,
             "validation accuracy": runs.spread(row.mean, row.std),
-            "points": "" if pd.isna(row.difference) else f"{100 * row.difference:+.1f}",
+            "points": "" if pd.isna(row.difference) else points(row.difference),
+            "95 % interval": interval_text(row.interval) if row.interval else "",
             "runs": str(len(row.val_accuracies)),
             "command": f"`{f'{command} {row.flags}'.strip()}`",
         }
         for row in table.itertuples()
     ]
-    note = "Accuracy on the validation images; points are to the default's runs with the same seeds."
+    note = (
+        "Accuracy on the validation images; points are to the default's runs with the same seeds, the interval is "
+        "Student's over two seeds or more."
+    )
     return f"{runs.markdown(rows)}\n\n{note}"
 
 

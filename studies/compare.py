@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +124,7 @@ def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:
     found = {}
     for recipe, model in ((recipe, model) for recipe in RECIPES for model in MODELS):
         prefix = config.run_name(recipe, model, "")
-        seeds = (path.stem.removeprefix(prefix) for path in config.saved.glob(f"{prefix}*.json"))
-        for seed in sorted(int(seed) for seed in seeds if re.fullmatch("0|[1-9][0-9]{0,8}", seed)):
+        for seed in runs.stored_seeds(prefix, config):
             report = found[recipe, model, seed] = runs.read_report(f"{prefix}{seed}", config, tested=True)
             epochs = report["config"]["epochs"]
             if epochs != config.epochs:

@@ -5,6 +5,7 @@ Every study names its runs and the flags that make them; here is all that it tak
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -172,6 +173,12 @@ def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> s
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def stored_seeds(prefix: str, options: StudyOptions) -> list[int]:
+    """The seeds of the runs that are stored under this name and a seed after it."""
+    seeds = (path.stem.removeprefix(prefix) for path in options.saved.glob(f"{prefix}*.json"))
+    return sorted(int(seed) for seed in seeds if re.fullmatch("0|[1-9][0-9]{0,8}", seed))
 
 
 def read_report(name: str, options: StudyOptions, tested: bool = False) -> dict:

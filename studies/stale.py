@@ -79,7 +79,7 @@ def flags_of_study(name: str | None) -> str | None:
 def planned_runs() -> dict[str, str]:
     """The runs of both studies with their flags, also of more seeds than they take by themselves."""
     plans = [compare.plan(compare.Config(seeds=10))]
-    plans += [ablation.plan(ablation.Config(epochs=epochs)) for epochs in (5, 20)]
+    plans += [ablation.plan(ablation.Config(epochs=epochs, seeds=10)) for epochs in (5, 20)]
     return {name: flags for plan in plans for name, flags in plan.items()}
 
 

@@ -99,7 +99,7 @@ def verdict(interval: list[float], p: float) -> str:
 def points(difference: float, digits: int = 1) -> str:
     """A difference of fractions in percentage points, "-0.7"; with one more digit where it would else be 0."""
     digits += 0 < abs(difference) < 0.5 * 10 ** (-2 - digits)
-    return f"{100 * difference:+.{digits}f}"
+    return f"{round(100 * difference, 6):+.{digits}f}"  # ties alike, whatever the last bits of a difference are
 
 
 def interval_text(ends: list[float], digits: int = 1) -> str:

@@ -60,10 +60,11 @@ def test_table_and_figure_of_what_is_stored(tmp_path, capsys):
     run("--no-train", "--output_dir", tmp_path)
     table = table_of(tmp_path)
     std = 100 * statistics.stdev((0.70, 0.72, 0.77))
-    assert f"| the default recipe | 73.0% ± {std:.1f} | | 3 | `python train.py --epochs 5` |" in table
-    adamw = "| AdamW in place of Muon | 62.0% ± 2.8 | -9.0 | 2 | `python train.py --epochs 5 --optimizer adamw` |"
-    assert adamw in table  # -10 and -8 to the runs with the same seed
-    assert "| CLS token in place of the mean | 75.0% | +5.0 | 1 |" in table
+    assert f"| the default recipe | 73.0% ± {std:.1f} | | | 3 | `python train.py --epochs 5` |" in table
+    # -10 and -8 to the runs with the same seed: Student's t of one degree of freedom is 12.706, the standard error 1
+    adamw = "| 62.0% ± 2.8 | -9.0 | -21.7 to +3.7 | 2 | `python train.py --epochs 5 --optimizer adamw` |"
+    assert f"| AdamW in place of Muon {adamw}" in table
+    assert "| CLS token in place of the mean | 75.0% | +5.0 | | 1 |" in table
     assert "12.3" not in table + capsys.readouterr().out  # the test accuracy
     report = json.loads((tmp_path / "figures" / "ablation.json").read_text(encoding="utf-8"))
     assert [row["row"] for row in report["rows"]] == ["default", "adamw", "cls"] and report["provenance"]["torch"]
@@ -89,6 +90,8 @@ def test_rows_are_trained_once(tmp_path, monkeypatch, capsys):
         (tmp_path / "saved" / "studies" / "ablation_digits_1epochs_adamw_seed0.json").read_text(encoding="utf-8")
     )
     assert report["config"]["optimizer"] == "adamw" and report["config"]["epochs"] == 1
+    run(*flags, "--only", "default", "--seeds", "2")
+    assert "2 runs asked for, 1 of them stored" in capsys.readouterr().out
     run(*flags)
     out = capsys.readouterr().out
     assert "0 to train" in out and f"{report['results']['val_accuracy']:.1%}" in out
