@@ -21,7 +21,7 @@ from studies.ablation import ROWS
 from studies.compare import forward_flops
 from support import cli, schema
 from support.model import num_parameters
-from support.report import machine_of, read_json
+from support.report import machine_of, processor_of, read_json
 from support.significance import paired_t, verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
@@ -383,7 +383,8 @@ def export(root: Path) -> dict:
     rows = stored["rows"]
     onnx, small = rows["ONNX Runtime"], rows["ONNX Runtime, 8 bits"]
     shorter = small["milliseconds_batch_128"] / onnx["milliseconds_batch_128"]
-    return {**stored, "smaller": small["bytes"] / onnx["bytes"], "shorter": shorter, "runs": {}}
+    where = processor_of(stored["provenance"])
+    return {**stored, "smaller": small["bytes"] / onnx["bytes"], "shorter": shorter, "where": where, "runs": {}}
 
 
 def fuzzing(root: Path) -> dict:
