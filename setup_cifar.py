@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from images.augment import import_torchvision
-from images.download import DownloadError, alone, download, file_md5
+from images.download import DownloadError, alone, find_or_download
 from images.folder import read_folder
 from images.loader import DataError, Dataset, Split
 from images.sheets import draw_augmentations, draw_samples
@@ -286,29 +286,6 @@ def read_svhn(data_dir: Path) -> Parts:
         data = datasets.SVHN(data_dir, split=part)
         parts.append(Split(torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)))
     return *parts, [str(digit) for digit in range(10)], False
-
-
-def find_or_download(path: Path, urls: list[str], md5: str, also: str = "") -> None:
-    """Have the file at `path`, with this md5; where it is not, from the first address that gives it."""
-    if not path.exists():
-        with alone(path):
-            if not path.exists():  # still: another process may have fetched it
-                return fetch(path, urls, md5, also)
-    if file_md5(path) != md5:
-        raise DataError(f"{path} is damaged or incomplete (its md5 differs): delete it and try again")
-
-
-def fetch(path: Path, urls: list[str], md5: str, also: str) -> None:
-    failed = []
-    for url in urls:
-        try:
-            return download(url, path, md5)
-        except DownloadError as error:
-            failed.append(str(error))
-    raise DownloadError(
-        f"{'; '.join(failed)}. Put it{also} into {path.parent}, or name its place with --data_dir or DATA_DIR; "
-        "train.py --dataset digits does without"
-    )
 
 
 def addresses(name: str, file: str, folders: list[str]) -> list[str]:

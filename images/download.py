@@ -43,6 +43,35 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def find_or_download(path: Path, urls: list[str], md5: str, also: str = "") -> None:
+    """Have the file at `path`, with this md5; where there is none, it is downloaded.
+
+    Args:
+        urls: tried in turn.
+        also: what may be put into its place as well, for the advice where no address gives it.
+    """
+    if not path.exists():
+        with alone(path):
+            if not path.exists():  # still: another process may have fetched it
+                return fetch(path, urls, md5, also)
+    if file_md5(path) != md5:
+        raise DataError(f"{path} is damaged or incomplete (its md5 differs): delete it and try again")
+
+
+def fetch(path: Path, urls: list[str], md5: str, also: str) -> None:
+    """The file, from the first address that gives it."""
+    failed = []
+    for url in urls:
+        try:
+            return download(url, path, md5)
+        except DownloadError as error:
+            failed.append(str(error))
+    raise DownloadError(
+        f"{'; '.join(failed)}. Put it{also} into {path.parent}, or name its place with --data_dir or DATA_DIR; "
+        "train.py --dataset digits does without"
+    )
+
+
 def download(url: str, path: Path, md5: str, attempts: int = 4, timeout: float = 20, wait: float = 2) -> None:
     """Fetch `url` to `path` with a progress bar; a broken transfer goes on from where it stopped.
 

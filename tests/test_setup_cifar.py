@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import setup_cifar
-from images.download import DownloadError, download
+from images.download import DownloadError, download, find_or_download
 from images.loader import DataError, ImageLoader, Split, fits
 from setup_cifar import CIFAR, load_data
 
@@ -544,7 +544,7 @@ def test_two_that_want_a_file_at_once_fetch_it_once(serve, tmp_path):
     server = serve(CONTENT, "whole", "whole")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(4):
-            pool.submit(setup_cifar.find_or_download, tmp_path / "archive", [server.url], md5(CONTENT))
+            pool.submit(find_or_download, tmp_path / "archive", [server.url], md5(CONTENT))
     assert_nothing_but(tmp_path / "archive")
     assert server.ranges == [None]
 

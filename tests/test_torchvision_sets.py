@@ -15,7 +15,6 @@ import torch
 from helpers import refused, run_main
 
 import export
-import setup_cifar
 from images.augment import import_torchvision
 from images.download import DownloadError, download
 from images.loader import DataError
@@ -103,7 +102,7 @@ def served(request, tmp_path, monkeypatch):
         monkeypatch.setattr(server.kind, "mirrors", [server.url + "gone/", server.url])
         monkeypatch.setattr(server.kind, "resources", list(sums.items()))
     monkeypatch.delenv(f"{CLASSES[name].upper()}_URL")
-    monkeypatch.setattr(setup_cifar, "download", functools.partial(download, attempts=2, wait=0))
+    monkeypatch.setattr("images.download.download", functools.partial(download, attempts=2, wait=0))
     yield server
     server.shutdown()
     server.server_close()
