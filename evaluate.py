@@ -100,8 +100,8 @@ def check(config: Config, names: list[str]) -> None:
         ValueError: what was asked for cannot be done.
     """
     if config.runs:
-        if names or config.ensemble or config.flip or config.shift:
-            raise ValueError("--runs shows what is stored of runs: no models, --ensemble, --flip or --shift beside it")
+        if beside := config.given - {"runs", "sort", "each", "output_dir"}:
+            raise ValueError(f"--runs shows what is stored of runs, and does nothing with {', '.join(sorted(beside))}")
         return
     if config.each or config.sort != Config.sort:
         raise ValueError("--sort and --each are for --runs")
@@ -113,8 +113,8 @@ def check(config: Config, names: list[str]) -> None:
         raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")
     if config.ensemble and len(names) < 2:
         raise ValueError("an ensemble has at least two models: name their files")
-    if config.ensemble and "ensemble" in names:
-        raise ValueError("a file of the name ensemble would have its figures overwritten: rename it")
+    if config.ensemble and any(name.startswith("ensemble") for name in names):
+        raise ValueError("a file whose name begins with ensemble may have its figures overwritten: rename it")
 
 
 def title_of_views(config: Config) -> str:

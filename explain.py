@@ -26,7 +26,7 @@ from images.reading import ImageError, find_images, read_image, to_array
 from network import VisionTransformer
 from runner import choose_device, eval_mode
 from support import cli
-from support.files import figures_folder
+from support.files import figures_folder, home
 from support.model import Model
 from training.attention_page import write_page
 from training.heatmaps import mean_of_patches, methods, patch_grid
@@ -55,6 +55,8 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.rows < 1 or config.seed < 0:
             raise ValueError(f"rows must be positive and seed not negative, not {config.rows} and {config.seed}")
+        if config.page is not None and (ignored := config.given & {"rows", "seed"}):
+            raise ValueError(f"a page (--page) has no {' and no '.join(sorted(ignored))}")
         paths = model_files(config.models, config.checkpoint)
         if len({Path(path).stem for path in paths}) < len(paths):
             raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(paths)}")
@@ -96,7 +98,7 @@ def draw_page(checkpoint: str, config: Config) -> None:
     else:
         pixels, labels = mixed_images(model, PAGE_IMAGES, config.data_dir)
     path = picture_path(config.output_dir, checkpoint, "attention", "html")
-    if Path(checkpoint).stem == "VisionTransformer":
+    if Path(checkpoint).resolve() == home() / "saved" / "VisionTransformer.pt":
         path = path.with_name("attention.html")  # as figures/attention_maps.png
     notes = write_page(model, pixels, path, labels, [name for name, _ in read])
     print(*notes, sep="\n", end="\n" if notes else "")
@@ -143,14 +145,15 @@ def choose_images(model: Model, count: int, seed: int, data_dir: str | None) -> 
 
 
 @torch.no_grad()
-def mean_attention_distance(model: VisionTransformer, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+def mean_attention_distance(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
     """How far each head looks, in pixels: `(num_blocks, heads)` (Dosovitskiy et al. 2021, figure 7, right).
 
     Distances between the centres of patches, averaged with the attention weights, then over patches and images. A CLS
     token has no place: it is left out, and the attention paid to it shared out among the patches.
     """
     distances = patch_distances(model).to(images)
-    total = 0
+    weights_of_an_image = model.config["num_blocks"] * model.config["num_heads"] * len(distances) ** 2
+    batch_size, total = max(1, min(32, 2**25 // weights_of_an_image)), 0
     for batch in tqdm(images.split(batch_size), "attention distance", unit="batch", leave=False):
         with eval_mode(model):
             weights = model(batch, return_attention=True)["attention_weights"]
@@ -241,7 +244,8 @@ def draw_attention_distance(distance: torch.Tensor, model: VisionTransformer, pa
     axes.plot([], [], "o", color=utils.BLUE, label="head")
     axes.plot([], [], color=utils.VERMILLION, lw=2, label="mean of the block")
     axes.legend(loc="lower right")
-    axes.set(xlim=(0.5, blocks + 0.5), ylim=(0, 1.15 * max(uniform, distance.max().item())))
+    highest = max(uniform, distance.max().item()) or 1  # of a single patch there is no distance
+    axes.set(xlim=(0.5, blocks + 0.5), ylim=(0, 1.15 * highest))
     axes.set(xticks=range(1, blocks + 1), xlabel="block", ylabel="pixels")
     axes.grid()
     utils.save_figure(figure, path)

@@ -4,30 +4,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from images.augment import NAMES, Augmentation, Draws
 from support.figures import add_axes, add_text, new_figure, save_figure
 
+LARGEST, MOST = 72, 100  # pixels of a side in the sheet of samples, and classes: a larger sheet would not be looked at
 VISIBLE = 12  # of 255: mean change of a pixel from which on one sees that an image was changed
 
 
 def draw_samples(
     images: torch.Tensor, labels: torch.Tensor, classes: list[str], path: str | Path, columns: int = 10
 ) -> Figure:
-    """Save a sheet with the first `columns` images of each class as a PNG, one row for each class.
+    """Save a sheet with the first `columns` images of each class as a PNG, one row for each class; of many classes the
+    first hundred, and large images made smaller.
 
     Args:
         images: uint8 `(n, 3, h, w)`.
         labels: `(n,)`, indices into `classes`.
     """
-    height, width = images.shape[2:]
+    classes = classes[:MOST]
+    height, width = (min(side, LARGEST) for side in images.shape[2:])
     gap = max(1, width // 16)
     sheet = np.full((len(classes) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for row in range(len(classes)):
-        for column, index in enumerate((labels == row).nonzero()[:columns, 0].tolist()):
+        examples = images[(labels == row).nonzero()[:columns, 0]]
+        if images.shape[2:] != (height, width):
+            examples = F.interpolate(examples.float(), (height, width), mode="area").to(torch.uint8)
+        for column, example in enumerate(examples):
             top, left = row * (height + gap), column * (width + gap)
-            sheet[top : top + height, left : left + width] = images[index].permute(1, 2, 0).cpu().numpy()
+            sheet[top : top + height, left : left + width] = example.permute(1, 2, 0).cpu().numpy()
     scale = max(1, 72 // height)
     sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
     margin = 26 + 8 * max(len(name) for name in classes)
@@ -84,7 +91,7 @@ def draw_augmentations(
         for i, target in enumerate(targets):
             left = margin + i * (tile + gap)
             axes = add_axes(figure, left, top, tile, tile)
-            axes.imshow(pixels[i], interpolation="nearest")
+            axes.imshow(pixels[i])
             axes.axis("off")
             if name in headings:
                 add_text(figure, left, top - 5, _describe_target(target, classes), size=7.5)

@@ -104,7 +104,7 @@ class Model(nn.Module):
             CheckpointError: the file is missing, damaged, not a model, or of another class.
         """
         contents = read_model(path)
-        name, known = contents["model"], {subclass.__name__: subclass for subclass in _subclasses(Model)}
+        name, known = contents["model"], {kind.__name__: kind for kind in (*_subclasses(Model), *_subclasses(cls))}
         if name not in known:
             raise CheckpointError(f"{path} holds a model {name!r}, which this version does not know")
         if not issubclass(known[name], cls):
@@ -189,5 +189,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(_subclasses(subclass) for subclass in cls.__subclasses__()))
+def _subclasses(cls: type) -> list[type]:
+    """It and all that are made from it; of those of one name the one that was defined last comes last."""
+    return [cls, *(kind for subclass in cls.__subclasses__() for kind in _subclasses(subclass))]

@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import subprocess
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,15 @@ def plain_table(columns: dict[str, list[str]], left: Collection[str]) -> str:
     right."""
     aligned = []
     for heading, cells in columns.items():
-        width = max(map(len, [heading, *cells]))
-        aligned.append([cell.ljust(width) if heading in left else cell.rjust(width) for cell in [heading, *cells]])
+        cells = [heading, *cells]
+        blanks = [" " * (max(map(width_of, cells)) - width_of(cell)) for cell in cells]
+        aligned.append([cell + b if heading in left else b + cell for cell, b in zip(cells, blanks, strict=True)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def width_of(text: str) -> int:
+    """In columns of a terminal, of which Chinese, Japanese and Korean letters take two."""
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def shorten(text: str, length: int) -> str:

@@ -274,6 +274,14 @@ def test_names_and_classes_are_shown_as_they_are_and_not_run(tmp_path, show):
     assert browser.title.startswith("Where does it look?") and len(browser.find_elements(By.TAG_NAME, "script")) == 3
     assert texts(browser, "#picture-title") == [f"<script>{{{{css}}}}&amp;{evil}"]
     assert any(row.startswith(evil) for row in texts(browser, "#bars li"))
+    assert not browser.find_element(By.ID, "images").is_displayed()  # of one picture there is nothing to choose
+
+
+def test_a_long_name_does_not_make_the_page_wider(tmp_path, show):
+    model = vit([200 * "x", *CIFAR10[1:]])
+    attention_page.write_page(model, noise(model), tmp_path / "page.html", labels=torch.tensor([0, 1, 2]))
+    browser = show(tmp_path / "page.html")
+    assert not browser.execute_script("return document.documentElement.scrollWidth > innerWidth")
 
 
 # ----------------------------------------------------------------------------------------------------- how it is used
@@ -506,6 +514,7 @@ def test_the_command_with_pictures(tmp_path, run):
         (["text.jpg", "none.jpg"], "not an image"),
         (["red.jpg", "other.pt"], "other.pt is a model, not a picture"),
         (["empty"], "empty"),
+        (["red.jpg", "--rows", "3"], "has no rows"),
     ],
 )
 def test_a_picture_that_cannot_be_shown_is_one_line_and_no_page(tmp_path, run, monkeypatch, page, words):

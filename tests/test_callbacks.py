@@ -14,6 +14,7 @@ from runner import Runner
 from support.files import read_file, write_file
 from training.callbacks import EarlyStopping, WeightAverage
 from training.checkpoints import restore_runner, runner_state
+from training.live import Frames
 
 # ------------------------------------------------------------------------------------------------- averaged weights
 
@@ -216,6 +217,15 @@ def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, 
     train_small(tmp_path)
     names = {path.name for path in (tmp_path / "saved").glob("*.pt") if "_old" not in path.name}
     assert names == {f"{MODEL}.pt"}
+
+
+def test_the_gif_of_a_run_that_stops_early_ends_with_it(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Frames, "_draw", lambda self, runner, **options: drawn.append((runner.step, options)))
+    flags = "--epochs 9 --lr 0.0001 --patience 1 --monitor accuracy --min_improvement 0.5 --gif_frames 4"
+    train_small(tmp_path, *flags.split())
+    report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
+    assert report["results"]["epochs"] == 2 and drawn[-1] == (report["metrics"]["val_step"][-1], {"epoch": 2})
 
 
 # ------------------------------------------------------------------------------------------------------- compilation

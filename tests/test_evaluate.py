@@ -1,5 +1,6 @@
 """Measures against values worked out by hand and against scikit-learn; pictures and figures as files."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -190,6 +191,23 @@ def test_a_confusion_matrix_is_large_enough_to_be_read(tmp_path, classes):
     assert figure.axes[0].get_position().width * 100 * figure.get_size_inches()[0] >= 250
 
 
+@pytest.mark.parametrize("classes", [100, 300, 1000])
+def test_a_confusion_matrix_of_many_classes_is_of_bounded_size(tmp_path, classes):
+    names = [f"class {i} of a very long name that goes on and on" for i in range(classes)]
+    figure = draw_confusion(torch.eye(classes).int().tolist(), names, tmp_path / "confusion.png", "")
+    assert max(figure.get_size_inches()) * 100 < 3000
+    assert bool(figure.axes[0].get_xticklabels()) == (classes <= 200)
+
+
+def test_long_names_of_mistakes_do_not_run_into_each_other(tmp_path):
+    classes = ["golden retriever dog of the first kind", "black-and-tan coonhound of the second kind"]
+    probabilities = torch.tensor([[0.99, 0.01]]).repeat(8, 1)
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    figure = draw_mistakes(images, probabilities, torch.ones(8).long(), classes, tmp_path / "mistakes.png", "")
+    boxes = [text.get_window_extent() for text in figure.texts[1:] if text.get_text()]
+    assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+
+
 def test_errors_are_one_line(tmp_path, digits, run):
     assert run()[0] == 2
     path = save(CNN(), tmp_path / "a.pt", digits)
@@ -197,6 +215,8 @@ def test_errors_are_one_line(tmp_path, digits, run):
         ([], "name at least one file"),
         ([tmp_path / "none.pt"], "No such file"),
         ([path, path], "overwrite each other"),
+        (["--runs", tmp_path, "--model", "my_model.py:MyNet"], "does nothing with model"),
+        ([path, "--runs", tmp_path], "does nothing with models"),
     ):
         code, out, err = run(*arguments)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
@@ -291,6 +311,7 @@ def test_ensembles_that_cannot_be(tmp_path, digits, capsys):
         ((paths[0], "--ensemble"), "at least two"),
         ((*paths, other, "--ensemble"), "no ensemble: the classes of"),
         ((paths[0], "--flip"), "mirrored digit"),
+        ((paths[0], tmp_path / "ensemble_digits.pt", "--ensemble"), "begins with ensemble"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_main("evaluate.py", *flags, "--output_dir", tmp_path / "figures")

@@ -118,6 +118,15 @@ def test_fonts_are_not_looked_at_for_plain_names(tmp_path, monkeypatch):
     assert sheet_labels(tmp_path / "sheet.png", ["cat", "dog"])[1].get_text() == "dog"
 
 
+def test_the_sheet_of_many_large_classes_is_of_bounded_size(tmp_path):
+    images, names = torch.zeros(150, 3, 224, 224, dtype=torch.uint8), [f"class {i}" for i in range(150)]
+    images[7] = 200
+    figure = draw_samples(images, torch.arange(150), names, tmp_path / "sheet.png")
+    sheet = figure.axes[0].images[0].get_array()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names[:100]
+    assert sheet.shape[0] < 8000 and sheet[7 * 76 + 30, 30].tolist() == [200] * 3
+
+
 def test_the_architecture_names_the_sizes_of_the_model_and_no_text_covers_another(tmp_path):
     architecture.main(["--output_dir", str(tmp_path)])
     assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")

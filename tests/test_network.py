@@ -502,6 +502,20 @@ def test_save_and_load_keep_arguments_weights_and_outputs(cls, tmp_path):
         assert torch.equal(loaded(example(cls)), model(example(cls)))
 
 
+def test_a_class_that_is_defined_again_loads_as_the_last_one(tmp_path):
+    """As when a cell of a notebook is run again, with objects of the first time still there."""
+    kept = []
+    for _ in range(6):
+
+        class Again(CNN):
+            pass
+
+        kept.append(Again())
+        kept[-1].save(tmp_path / "again.pt")
+        assert type(Again.load(tmp_path / "again.pt")) is type(Model.load(tmp_path / "again.pt")) is Again
+    assert type(type(kept[0]).load(tmp_path / "again.pt")) is type(kept[0])
+
+
 def test_load_keeps_what_only_training_uses(tmp_path):
     unusual(VisionTransformer).save(tmp_path / "model.pt")
     loaded = VisionTransformer.load(tmp_path / "model.pt")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import utils
+from support.report import shorten
 from support.significance import wilson
 
 MISTAKES = 24  # shown in the picture
@@ -14,16 +15,18 @@ MISTAKES = 24  # shown in the picture
 
 def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, title: str) -> Figure:
     """What each right class (row) is taken for (column), in percent of the row; mistakes by depth of colour, which is
-    all that there is room for with more than 20 classes."""
+    all that there is room for with more than 20 classes. With more than 200 there is none for names either."""
     counts = torch.tensor(matrix, dtype=torch.float64)
     percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     mistakes = percent.clone().fill_diagonal_(0)
     many = len(classes) > 20
-    cell, size = (12, 6.5) if many else (max(46, 260 // len(classes)), 9.5)  # of few classes not a tiny picture
-    side, margin = cell * len(classes), 30 + 8 * max(len(name) for name in classes)
+    cell, size = (min(12, 2400 / len(classes)), 6.5) if many else (max(46, 260 // len(classes)), 9.5)  # few: not tiny
+    names = [shorten(name, 24) for name in classes] if cell >= 12 else []
+    longest = max(map(len, names), default=0)
+    side, margin, top = cell * len(classes), 30 + 8 * longest, max(128, 56 + 5 * longest)
     note = "percent of each right class (row), by predicted class (column)"
-    figure = utils.new_figure(max(margin + side + 50, 500), 128 + side + 24, f"{title}: what is taken for what", note)
-    axes = utils.add_axes(figure, margin, 128, side, side)
+    figure = utils.new_figure(max(margin + side + 50, 500), top + side + 24, f"{title}: what is taken for what", note)
+    axes = utils.add_axes(figure, margin, top, side, side)
     axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, 1.4 * mistakes.max().item()))
     for row in range(len(classes)):
         axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=utils.GREEN, linewidth=0))
@@ -33,9 +36,9 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
             if row == column:
                 style = {"color": "white", "size": 10.5, "weight": "bold"}
             axes.text(column, row, f"{value:.0f}", ha="center", va="center_baseline", **style)
-    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if 7 * max(map(len, classes)) > cell else {}
-    axes.set_xticks(range(len(classes)), classes, **({"rotation": 90} if many else slant))
-    axes.set_yticks(range(len(classes)), classes)
+    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if 7 * longest > cell else {}
+    axes.set_xticks(range(len(names)), names, **({"rotation": 90} if many else slant))
+    axes.set_yticks(range(len(names)), names)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=size)
     axes.spines[:].set_visible(False)
@@ -61,8 +64,8 @@ def draw_calibration(report: dict, path: Path, title: str) -> Figure:
     upper = utils.add_axes(figure, 66, 72, 430, 330)
     upper.bar(centres, accuracies, width * 0.94, color=utils.BLUE, label="accuracy")
     ends = [(100 * row["confidence"], accuracy) for row, accuracy in zip(rows, accuracies, strict=True)]
-    for confidence, accuracy in ends:
-        upper.plot([confidence] * 2, [accuracy, confidence], color=utils.VERMILLION, lw=1.6)
+    for confidence, right in ends:
+        upper.plot([confidence] * 2, [right, confidence], color=utils.VERMILLION, lw=1.6)
     style = {"color": utils.VERMILLION, "markersize": 4, "clip_on": False, "label": "gap to the confidence"}
     upper.plot(*zip(*ends, strict=True), "o", **style)
     upper.plot([0, 100], [0, 100], "--", color=utils.DARK, lw=1, label="perfectly calibrated")
@@ -87,8 +90,8 @@ def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
     height = 34 * len(rows)
     note = f"accuracy on {together['images']:,} test images, and the ensemble's minus each member's; 95 % intervals"
     figure = utils.new_figure(800, 130 + height, title, note)
-    longest = max(len(row["name"]) for row in rows)
-    margin = min(320, 30 + 6.5 * longest)
+    names = [shorten(row["name"], 44) for row in rows]
+    margin = 30 + 6.5 * max(map(len, names))
     width = (800 - margin - 60) / 2
     left = utils.add_axes(figure, margin, 66, width, height)
     right = utils.add_axes(figure, margin + width + 34, 66, width, height)
@@ -100,7 +103,7 @@ def draw_ensemble(report: dict, path: Path, title: str) -> Figure:
         if "bca" in row:
             right.plot([100 * end for end in row["bca"]], [y, y], color=color, lw=2)
             right.plot([100 * row["difference"]], [y], "o", color=color, markersize=6)
-    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    left.set_yticks(range(len(rows)), names)
     right.set_yticks([])
     right.axvline(0, color=utils.GREY, lw=1)
     for axes, label in ((left, "test accuracy, %"), (right, "the ensemble's gain, percentage points")):
@@ -122,7 +125,7 @@ def draw_mistakes(
     confidence, prediction = probabilities.max(dim=1)
     wrong = (prediction != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    columns, tile, gap = 8, 96, 26  # a gap in which the longest name ends before the next picture
+    columns, tile, gap = 8, 96, 26  # a gap in which a name ends before the next picture
     note = f"{len(wrong):,} of {len(labels):,} test images are wrong" if worst else "no mistakes"
     height = 66 + max(1, -(-len(worst) // columns)) * (tile + 48)
     figure = utils.new_figure(14 + columns * (tile + gap), height, f"{title}: the most confident mistakes", note)
@@ -132,8 +135,8 @@ def draw_mistakes(
         axes = utils.add_axes(figure, left, top, tile, tile)
         axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         axes.axis("off")
-        said = f"{classes[prediction[i]]} {100 * confidence[i]:.0f} %"
+        said = f"{shorten(classes[prediction[i]], 12)} {100 * confidence[i]:.0f} %"
         utils.add_text(figure, left, top - 17, said, utils.VERMILLION, size=8.5, weight="bold")
-        utils.add_text(figure, left, top - 4, f"is: {classes[labels[i]]}", utils.GREEN, size=8.5)
+        utils.add_text(figure, left, top - 4, f"is: {shorten(classes[labels[i]], 16)}", utils.GREEN, size=8.5)
     utils.save_figure(figure, path)
     return figure

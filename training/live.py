@@ -103,8 +103,13 @@ class Frames:
         if runner.step == runner.total_steps:  # once more, now that the last validation is in
             self._draw(runner)
 
-    def _draw(self, runner: Runner) -> None:
-        epoch, epochs = min(runner.epoch + 1, runner.total_epochs), runner.total_epochs
+    def draw_end(self, runner: Runner) -> None:
+        """The last frame, where training has ended before its time."""
+        if runner.step < runner.total_steps:
+            self._draw(runner, epoch=runner.epoch)
+
+    def _draw(self, runner: Runner, epoch: int | None = None) -> None:
+        epoch, epochs = epoch or min(runner.epoch + 1, runner.total_epochs), runner.total_epochs
         path = self.folder / f"frame_{runner.step:07d}.png"
         runner.plot(self.loader, path, self.classes, f"{self.title}, epoch {epoch} of {epochs}")
 

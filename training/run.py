@@ -262,6 +262,8 @@ class Run:
         for callback in runner.callbacks:
             if isinstance(callback, EarlyStopping | WeightAverage) and not callback.has_begun:
                 raise ValueError("--ema, --patience and --monitor need an epoch of training: raise --epochs")
+        for frames in [callback for callback in runner.callbacks if isinstance(callback, Frames)]:
+            frames.draw_end(runner)
         for stopping in [callback for callback in runner.callbacks if isinstance(callback, EarlyStopping)]:
             epoch = stopping.epoch
             by = f" by more than {config.min_improvement}" if config.min_improvement else ""
