@@ -102,3 +102,19 @@ def tiny_dataset(images: int = 16, size: int = 32) -> Dataset:
         return Split(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.randint(0, 10, (n,)))
 
     return Dataset("digits", [str(i) for i in range(10)], split(images), split(8), split(8), flip=False)
+
+
+def results_are_committed() -> bool:
+    """Whether what is stored is what the repository has: a training of one's own takes the place of a stored model, and
+    what is written about that need not be about this."""
+    status = ["git", "status", "--porcelain", "--", "saved", "figures"]
+    try:
+        done = subprocess.run(status, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return False
+    return done.returncode == 0 and not done.stdout
+
+
+committed_results = pytest.mark.skipif(
+    not results_are_committed(), reason="saved/ or figures/ differ from the repository, or git is missing"
+)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from axe_core_python.selenium import Axe
-from helpers import ROOT
+from helpers import ROOT, committed_results
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -535,6 +535,7 @@ def test_a_model_without_attention_is_refused(tmp_path, run):
     assert not (tmp_path / "figures").exists()
 
 
+@committed_results
 def test_the_committed_page_is_of_the_committed_model_and_of_this_code():
     path, again = ROOT / "figures" / "attention.html", "write it again: python explain.py --page"
     page = path.read_text(encoding="utf-8")

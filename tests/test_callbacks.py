@@ -6,15 +6,15 @@ import signal
 import pytest
 import torch
 import torch.nn as nn
-from helpers import MODEL, noise, same_weights, train_small
-from test_runner import Calls, stop_at, vit_runner
+from helpers import MODEL, batches, noise, same_weights, train_small
+from test_runner import Calls, still_runner, stop_at, vit_runner
 
 from network import FeedForward, Model
 from runner import Runner
 from support.files import read_file, write_file
 from training.callbacks import EarlyStopping, WeightAverage
 from training.checkpoints import restore_runner, runner_state
-from training.live import Frames
+from training.live import Frames, LiveResults
 
 # ------------------------------------------------------------------------------------------------- averaged weights
 
@@ -203,6 +203,8 @@ def test_a_run_keeps_its_best_and_its_last_weights_and_tests_the_best(tmp_path, 
     flags = "--epochs 9 --lr 0.0001 --patience 2 --monitor accuracy --min_improvement 0.5 --ema 0.5"
     flags += " --precision fp32"  # as is computed below
     train_small(tmp_path, *flags.split())
+    callbacks = read_file(tmp_path / f"saved/{MODEL}.checkpoint")["runner"]["callbacks"]
+    assert callbacks["EarlyStopping"]["quantity"] == "accuracy"
     report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
     results, accuracies = report["results"], report["metrics"]["val_accuracy"]
     assert (results["epochs"], len(accuracies), results["tested_epoch"]) == (3, 3, 1)
@@ -226,6 +228,18 @@ def test_the_gif_of_a_run_that_stops_early_ends_with_it(tmp_path, monkeypatch):
     train_small(tmp_path, *flags.split())
     report = json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))
     assert report["results"]["epochs"] == 2 and drawn[-1] == (report["metrics"]["val_step"][-1], {"epoch": 2})
+
+
+def test_steps_and_curves_can_be_looked_at_while_the_run_goes_on(tmp_path):
+    table, curves, seen = tmp_path / "a.csv", tmp_path / "a.png", []
+    runner = still_runner()
+
+    def look(runner):
+        seen.append((table.read_text(encoding="utf-8").count("\n"), curves.exists()))
+
+    runner.callbacks += [LiveResults(table, curves, "a"), Calls(epoch_end=look)]
+    runner.train(batches(), batches(), epochs=2)
+    assert seen == [(5, True), (9, True)]  # a heading, three steps and a validation for each epoch
 
 
 # ------------------------------------------------------------------------------------------------------- compilation

@@ -307,9 +307,12 @@ def test_ensembles_that_cannot_be(tmp_path, digits, capsys):
     other = tmp_path / "other" / "Other.pt"
     other.parent.mkdir()
     CNN(output_size=2).save(other, **digits.select(["1", "2"]).metadata)
+    marks = {**digits.metadata["fingerprints"], "test": "360 images other"}
+    CNN().save(tmp_path / "split.pt", **{**digits.metadata, "fingerprints": marks})
     for flags, words in (
         ((paths[0], "--ensemble"), "at least two"),
         ((*paths, other, "--ensemble"), "no ensemble: the classes of"),
+        ((*paths, tmp_path / "split.pt", "--ensemble"), "no ensemble: the test images of"),
         ((paths[0], "--flip"), "mirrored digit"),
         ((paths[0], tmp_path / "ensemble_digits.pt", "--ensemble"), "begins with ensemble"),
     ):

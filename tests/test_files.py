@@ -457,8 +457,7 @@ def test_a_digit_changed_in_a_report_is_noticed(stored):
     assert runs.read_report(MODEL, options) == report
 
 
-def test_answers_that_are_damaged_or_altered_are_noticed():
-    """Of the committed study."""
+def test_answers_of_the_committed_study_can_be_read():
     original = ROOT / "saved" / "studies" / "study_default_cnn_seed0.npz"
     answers = read_answers(original)
     assert answers["correct"].shape == (10_000,) and answers["labels"].max() == 9

@@ -96,6 +96,12 @@ def test_mean_and_deviation_of_many_pictures_are_taken_in_parts(pets, monkeypatc
     monkeypatch.setattr(loader, "MANY", 100)
     assert load_data(str(pets)).mean == pytest.approx(data.mean)
     assert load_data(str(pets)).std == pytest.approx(data.std)
+    images = torch.randint(0, 256, (3, 3, 1200, 1200), dtype=torch.uint8)  # of which one is a part
+    images[1] //= 4
+    mean, std = loader.mean_and_std(images)
+    pixels = images.double() / 255
+    torch.testing.assert_close(mean.double(), pixels.mean(dim=(0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std.double(), pixels.std(dim=(0, 2, 3)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("present", [[], ["val"], ["test"]])

@@ -5,6 +5,7 @@ import math
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn as nn
@@ -168,7 +169,7 @@ def timed_run(speed, minutes=2.0, stop_at=None, before=None, epochs=None):
     if before:
         restore_runner(runner, runner_state(before[0]))
     runner.train(machine.loader(loader, runner), batches(), config.epochs - runner.epoch)
-    if not runner.stop:
+    if runner.step == runner.total_steps:
         machine.spend(COSTS.finish, runner)
     return runner, machine, deadline
 
@@ -208,15 +209,13 @@ def test_a_machine_that_stays_three_times_slower_does_not_come_too_late(capsys):
     assert machine.time == pytest.approx(360, rel=0.1)
 
 
-@pytest.mark.parametrize("stop_at", [250, 400, 650])
+@pytest.mark.parametrize("stop_at", [250, 400, 550])
 def test_a_resumed_run_counts_the_time_that_was_used(stop_at, capsys):
     def speed(step):
         return 0.6 if step >= 300 else 1.0
 
     first = timed_run(speed, stop_at=stop_at)
-    assert first[0].step == stop_at or first[0].step < stop_at
-    if not first[0].stop:
-        return
+    assert first[0].step == stop_at < first[0].total_steps
     runner, machine, deadline = timed_run(speed, before=first, epochs=first[2].config.epochs)
     assert machine.time == pytest.approx(120, rel=0.1)
     assert machine.rates[-1] < 0.01 * max(machine.rates)
@@ -354,7 +353,7 @@ def test_a_plan_without_validation_images_has_none_to_wait_for(digits):
 def test_the_age_of_another_program_does_not_count(monkeypatch):
     assert planning.seconds_since_start() == 0
     monkeypatch.setattr("sys.argv", ["somewhere/train.py"])
-    assert 0 < planning.seconds_since_start() <= time.clock_gettime(time.CLOCK_MONOTONIC)
+    assert planning.seconds_since_start() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, committed_results
 
 import train
 from studies import report, speed_facts, stale
@@ -47,20 +46,7 @@ def change(path, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def results_are_committed():
-    """Whether what is stored is what the repository has: a training of one's own takes the place of a stored model, and
-    the pages need not be about that."""
-    status = ["git", "status", "--porcelain", "--", "saved", "figures"]
-    try:
-        done = subprocess.run(status, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return False
-    return done.returncode == 0 and not done.stdout
-
-
-@pytest.mark.skipif(
-    not results_are_committed(), reason="saved/ or figures/ differ from the repository, or git is missing"
-)
+@committed_results
 def test_pages_and_notebooks_say_what_is_stored(capsys):
     assert report.check(ROOT) == []
     printed = capsys.readouterr().out

@@ -159,6 +159,7 @@ def interrupt(tmp_path, *args):
     deadline = time.monotonic() + 120
     while not (tmp_path / "saved" / "mine.checkpoint").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert (tmp_path / "saved" / "mine.checkpoint").exists(), "no checkpoint within the limit"
     process.send_signal(signal.SIGINT)
     printed, complaints = process.communicate(timeout=60)
     assert process.returncode == 130, complaints

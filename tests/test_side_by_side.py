@@ -63,6 +63,12 @@ def test_runs_with_other_seeds_are_averaged(tmp_path, compare):
     assert len(compare(tmp_path / "saved", "--each")[0]) == 4
 
 
+def test_folders_within_a_folder_are_not_searched(tmp_path, compare):
+    store(tmp_path / "saved/a.json")
+    store(tmp_path / "saved/studies/b.json", lr=0.5)
+    assert list(compare(tmp_path / "saved")[0]) == ["a"]
+
+
 def test_the_same_seed_twice_counts_once_in_a_mean(tmp_path, compare):
     for name, seed in (("a_0", 0), ("a_1", 1), ("again", 0), ("z", 1)):
         store(tmp_path / f"saved/{name}.json", seed=seed, name=name)

@@ -26,7 +26,6 @@ import setup_cifar
 import train
 from images.loader import unpack_ids
 from network import CNN, FeedForward, Model, ResNet20, VisionTransformer, whitening_filters
-from runner import choose_precision
 from support import cli
 from support.files import read_file
 from training.checkpoints import Checkpoints
@@ -250,6 +249,7 @@ def test_flags_are_not_parsed_and_ignored(tmp_path, plain, name):
     start = ["--init_from", str(tmp_path / "plain.pt")] if name == "freeze" else []  # of which there must be something
     model = train_small(tmp_path, f"--{name}", value, *start)
     assert not same_weights(model, plain)
+    assert name != "freeze" or same_weights(model.blocks, plain.blocks)
     parsed = typed(name, value)
     assert model.config.get(name, parsed) == parsed
     (report,) = (tmp_path / "saved").glob("*.json")
@@ -315,10 +315,20 @@ def test_models_without_attention_draw_their_other_pictures(tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"CNN_curves.png", "CNN_animation.gif"}
 
 
-def test_precision_is_chosen_by_device(tmp_path, plain):
-    here = choose_precision("auto", torch.device("cpu"))
-    assert same_weights(train_small(tmp_path, "--precision", here), plain)
-    assert json.loads((tmp_path / f"saved/{MODEL}.json").read_text(encoding="utf-8"))["config"]["precision"] == here
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_chosen_by_device(tmp_path, monkeypatch, has_bf16, chosen):
+    monkeypatch.setattr("runner.has_bf16", lambda device: has_bf16)
+    flags = {"auto": [], "typed": ["--precision", chosen]}
+    models = [train_small(tmp_path / name, *more) for name, more in flags.items()]
+    assert same_weights(*models)
+    report = json.loads((tmp_path / f"auto/saved/{MODEL}.json").read_text(encoding="utf-8"))
+    assert report["config"]["precision"] == chosen
+
+
+def test_threads_are_as_many_as_are_asked_for(tmp_path):
+    with mock.patch.object(torch, "set_num_threads") as asked:
+        train_small(tmp_path, "--threads", 3)
+    asked.assert_called_once_with(3)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
