@@ -32,6 +32,7 @@ from training.attention_page import write_page
 from training.heatmaps import mean_of_patches, methods, patch_grid
 from training.trained import data_title, load_model, sample_images, test_loader
 
+AT_ONCE = 2**25  # attention weights: with a copy or two, half a gigabyte
 PAGE_IMAGES = 24
 
 
@@ -98,7 +99,7 @@ def draw_page(checkpoint: str, config: Config) -> None:
     else:
         pixels, labels = mixed_images(model, PAGE_IMAGES, config.data_dir)
     path = picture_path(config.output_dir, checkpoint, "attention", "html")
-    if Path(checkpoint).resolve() == home() / "saved" / "VisionTransformer.pt":
+    if Path(checkpoint).resolve() == (home() / "saved" / "VisionTransformer.pt").resolve():
         path = path.with_name("attention.html")  # as figures/attention_maps.png
     notes = write_page(model, pixels, path, labels, [name for name, _ in read])
     print(*notes, sep="\n", end="\n" if notes else "")
@@ -153,7 +154,7 @@ def mean_attention_distance(model: VisionTransformer, images: torch.Tensor) -> t
     """
     distances = patch_distances(model).to(images)
     weights_of_an_image = model.config["num_blocks"] * model.config["num_heads"] * len(distances) ** 2
-    batch_size, total = max(1, min(32, 2**25 // weights_of_an_image)), 0
+    batch_size, total = max(1, min(32, AT_ONCE // weights_of_an_image)), 0
     for batch in tqdm(images.split(batch_size), "attention distance", unit="batch", leave=False):
         with eval_mode(model):
             weights = model(batch, return_attention=True)["attention_weights"]

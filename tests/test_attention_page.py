@@ -476,12 +476,15 @@ def run(capsys, tmp_path):
     return run
 
 
-def test_the_command_without_pictures_shows_24_test_images(tmp_path, run):
+def test_the_command_without_pictures_shows_24_test_images(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(explain, "home", lambda: tmp_path)
     model = vit(patch_size=8)
-    model.save(tmp_path / "VisionTransformer.pt", **model.metadata)
-    code, out, _ = run(tmp_path / "VisionTransformer.pt", "--page")
-    assert code == 0 and "attention.html" in out
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["attention.html"]
+    pages = {"other": "VisionTransformer_attention.html", "saved": "attention.html"}  # by the folder of the model
+    for folder, page in pages.items():
+        model.save(tmp_path / folder / "VisionTransformer.pt", **model.metadata)
+        code, out, _ = run(tmp_path / folder / "VisionTransformer.pt", "--page")
+        assert code == 0 and page in out
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == set(pages.values())
     data = stored(tmp_path / "figures" / "attention.html")
     labels = [image["label"] for image in data["images"]]
     assert labels == [*range(10), *range(10), 0, 1, 2, 3]

@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 from network import CNN, FeedForward
+from support.report import plain_table
 from training.evaluation_figures import draw_confusion, draw_mistakes
 
 
@@ -330,3 +331,8 @@ def test_flip_on_the_real_images(tmp_path, cifar10, capsys):
     )
     report = json.loads((tmp_path / "CNN_flip_evaluation.json").read_text(encoding="utf-8"))
     assert report["accuracy"] > 0.74 and "without mirror images: 76.0" in capsys.readouterr().out
+
+
+def test_columns_are_even_where_letters_take_two(tmp_path):
+    table = plain_table({"class": ["猫猫猫", "cat"], "images": ["1", "20"]}, left=["class"])
+    assert table.split("\n") == ["class   images", "猫猫猫       1", "cat         20"]

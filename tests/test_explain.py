@@ -216,14 +216,15 @@ def test_a_class_that_is_not_there(images, method, target):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_attention_distance_of_uniform_attention(images, pooling):
+def test_attention_distance_of_uniform_attention(images, pooling, monkeypatch):
+    monkeypatch.setattr(explain, "AT_ONCE", 2 * 64)  # weights of two images, so that there are several batches
     model = vit(pooling=pooling, patch_size=16)
     with torch.no_grad():
         for block in model.blocks:
             block.attention.query_key_value.weight.zero_()
     # 2x2 patches of 16 pixels: from each patch 0, 16, 16 and 16 * sqrt(2) pixels
     expected = torch.full((2, 2), (32 + 16 * 2**0.5) / 4)
-    torch.testing.assert_close(explain.mean_attention_distance(model, images, batch_size=2), expected)
+    torch.testing.assert_close(explain.mean_attention_distance(model, images), expected)
 
 
 def test_attention_distance_of_each_patch_to_itself(images):
