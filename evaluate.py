@@ -101,7 +101,8 @@ def check(config: Config, names: list[str]) -> None:
     """
     if config.runs:
         if beside := config.given - {"runs", "sort", "each", "output_dir"}:
-            raise ValueError(f"--runs shows what is stored of runs, and does nothing with {', '.join(sorted(beside))}")
+            named = ", ".join(name if name == "models" else f"--{name}" for name in sorted(beside))
+            raise ValueError(f"--runs shows what is stored of runs, and does nothing with {named}")
         return
     if config.each or config.sort != Config.sort:
         raise ValueError("--sort and --each are for --runs")

@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
         if config.rows < 1 or config.seed < 0:
             raise ValueError(f"rows must be positive and seed not negative, not {config.rows} and {config.seed}")
         if config.page is not None and (ignored := config.given & {"rows", "seed"}):
-            raise ValueError(f"a page (--page) has no {' and no '.join(sorted(ignored))}")
+            raise ValueError(f"--page does nothing with {', '.join(f'--{name}' for name in sorted(ignored))}")
         paths = model_files(config.models, config.checkpoint)
         if len({Path(path).stem for path in paths}) < len(paths):
             raise ValueError(f"files of the same name would overwrite each other's pictures: {', '.join(paths)}")

@@ -517,7 +517,7 @@ def test_the_command_with_pictures(tmp_path, run):
         (["text.jpg", "none.jpg"], "not an image"),
         (["red.jpg", "other.pt"], "other.pt is a model, not a picture"),
         (["empty"], "empty"),
-        (["red.jpg", "--rows", "3"], "has no rows"),
+        (["red.jpg", "--rows", "3"], "does nothing with --rows"),
     ],
 )
 def test_a_picture_that_cannot_be_shown_is_one_line_and_no_page(tmp_path, run, monkeypatch, page, words):

@@ -216,7 +216,7 @@ def test_errors_are_one_line(tmp_path, digits, run):
         ([], "name at least one file"),
         ([tmp_path / "none.pt"], "No such file"),
         ([path, path], "overwrite each other"),
-        (["--runs", tmp_path, "--model", "my_model.py:MyNet"], "does nothing with model"),
+        (["--runs", tmp_path, "--model", "my_model.py:MyNet"], "does nothing with --model"),
         ([path, "--runs", tmp_path], "does nothing with models"),
     ):
         code, out, err = run(*arguments)

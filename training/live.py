@@ -105,7 +105,7 @@ class Frames:
 
     def draw_end(self, runner: Runner) -> None:
         """The last frame, where training has ended before its time."""
-        if runner.step < runner.total_steps:
+        if runner.total_steps and runner.step < runner.total_steps:
             self._draw(runner, epoch=runner.epoch)
 
     def _draw(self, runner: Runner, epoch: int | None = None) -> None:
