@@ -40,6 +40,11 @@ HEADLINES = {
     "accurate": ("ViT behind convolutions, wide", "--preset accurate", ("studies/accurate_seed*",)),
     "best": ("ViT behind convolutions, wide, all images", "--preset best", ("studies/best_seed*",)),
     "small": ("ViT behind convolutions, narrow", "--preset small", ("studies/small_seed*",)),
+    "small_all": (
+        "ViT behind convolutions, narrow, all images",
+        "--preset small --val_fraction 0",
+        ("studies/small_all_seed*",),
+    ),
     "quick": ("small ViT, for seconds", "--preset quick", ("studies/quick_seed*",)),
     "resnet20": ("ResNet-20", "--model resnet20", ("studies/study_default_resnet20_seed*",)),
     "cnn": ("CNN", "--model cnn", ("studies/study_default_cnn_seed*",)),
