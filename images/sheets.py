@@ -35,7 +35,7 @@ def draw_samples(
         for column, example in enumerate(examples):
             top, left = row * (height + gap), column * (width + gap)
             sheet[top : top + height, left : left + width] = example.permute(1, 2, 0).cpu().numpy()
-    scale = max(1, 72 // height)
+    scale = max(1, LARGEST // height)
     sheet_height, sheet_width = (side * scale for side in sheet.shape[:2])
     margin = 26 + 8 * max(len(name) for name in classes)
     figure = new_figure(margin + sheet_width + 10, sheet_height + 20, dpi=100)
