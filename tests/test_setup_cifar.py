@@ -254,11 +254,11 @@ def test_shuffled_images_keep_their_labels():
     assert torch.equal((images * 255).round().byte(), split.images[labels])
 
 
-@pytest.mark.parametrize("flip", [True, False])
 def test_images_are_padded_by_an_eighth(digits):
     assert digits.loader("train", 10, augment="crop_flip").augmentation.padding == 4
 
 
+@pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("padding", [4, 2])
 def test_augmented_images_are_crops_of_the_padded_image(flip, padding):
     split = numbered_split(400, size=16)
