@@ -108,8 +108,7 @@ def check(config: Config, names: list[str]) -> None:
         raise ValueError("--sort and --each are for --runs")
     if not names:
         raise ValueError("name at least one file: python evaluate.py saved/VisionTransformer.pt")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {config.batch_size}")
+    cli.require_positive(config, "batch_size")
     if len(set(names)) < len(names):
         raise ValueError(f"two files of the same name would overwrite each other's figures: {', '.join(names)}")
     if config.ensemble and len(names) < 2:

@@ -74,9 +74,7 @@ class Disagreement(ArithmeticError):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        for name in ("images", "repeats", "threads"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        cli.require_positive(config, "images", "repeats", "threads")
         require_packages()
         torch.set_num_threads(config.threads)
         model = load_model(config.checkpoint, model=config.model)

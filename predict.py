@@ -28,7 +28,7 @@ from support import cli
 from support.files import figures_folder
 from support.report import shorten
 from training.heatmaps import patch_grid, relevance
-from training.trained import load_model
+from training.trained import load_model, normalise
 
 
 @dataclass
@@ -101,9 +101,7 @@ def free_path(folder: Path, stem: str, taken: set[str]) -> Path:
 
 def to_input(image: Image.Image, model: Model) -> torch.Tensor:
     """An RGB image as the model takes it, `(1, 3, img_size, img_size)`, normalised as in training."""
-    pixels = torch.from_numpy(to_array(image, model.image_size))[None]
-    mean, std = (torch.tensor(model.metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    return (pixels.float() / 255 - mean) / std
+    return normalise(torch.from_numpy(to_array(image, model.image_size))[None], model.metadata)
 
 
 def classify(model: Model, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

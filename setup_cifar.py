@@ -7,9 +7,7 @@
     python setup_cifar.py --dataset pets/       # your own pictures, in pets/train/<class>/ (see images/folder.py)
     python setup_cifar.py --augmentations       # also a sheet of what each augmentation does
 
-Images are held as uint8 tensors `(images, 3, height, width)` on the training device, or beside it where they do not
-fit; a batch is cropped, flipped and normalised there by a few vectorised operations. What else may happen to training
-images: images/augment.py.
+How images are held and batches made: images/loader.py; what may happen to training images: images/augment.py.
 """
 
 import gzip

@@ -103,10 +103,9 @@ class Config(RunOptions):
         self.epochs = whole(self.epochs)
 
 
-# What takes the place of lr, weight_decay and momentum with `--optimizer`. Adam and SGD add the decay to the gradient,
-# AdamW and Muon take it off the weights, so that one value cannot serve all.
+# What takes the place of Config's lr, weight_decay and momentum, which are Muon's, with another `--optimizer`. Adam and
+# SGD add the decay to the gradient, AdamW and Muon take it off the weights, so that one value cannot serve all.
 RATES = {
-    "muon": {"lr": 6e-3, "weight_decay": 0.05, "momentum": 0.95},
     "adamw": {"lr": 2e-3, "weight_decay": 0.05, "momentum": 0.9},
     "adam": {"lr": 2e-3, "weight_decay": 0.0, "momentum": 0.9},
     "sgd": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9},
@@ -182,7 +181,7 @@ def dependent_defaults(config: Config) -> dict:
         values |= DIGITS
     preset = PRESETS.get(config.preset, {})
     if optimizer != Config.optimizer:  # a preset's rates are Muon's
-        preset = {name: value for name, value in preset.items() if name not in RATES["muon"]}
+        preset = {name: value for name, value in preset.items() if name not in ("lr", "weight_decay", "momentum")}
     return {**values, **preset}
 
 

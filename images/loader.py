@@ -352,9 +352,7 @@ class ImageLoader:
             members = batch[torch.arange(start - spare, end) % len(batch)]
             here = members.to(self.images.device)
             images, labels = self.images[here], self.labels[here]
-            if (
-                here.device.type != self.device.type
-            ):  # through pinned memory, while the GPU is at work on the batch before
+            if here.device.type != self.device.type:  # through pinned memory, while the GPU works on the batch before
                 images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
             images, labels = self.augmentation.apply(images, labels, draws, members, number)
             yield torch.addcmul(self.shift, images[spare:], self.scale), labels[spare:]

@@ -74,7 +74,7 @@ class Config(runs.StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        runs.require_positive(config, "epochs", "seeds")
+        cli.require_positive(config, "epochs", "seeds", "jobs")
         everything = plan(dataclasses.replace(config, only=tuple(ROWS), seeds=10))
         failed = runs.train_missing(plan(config), config, beside=everything) if config.train else []
         table = summarise(config)

@@ -17,7 +17,7 @@ from network import VisionTransformer
 from support import cli
 from support.figures import BLUE, DARK, GREY, LIGHT, add_axes, new_figure, save_figure
 from support.files import figures_folder
-from training.trained import load_model, sample_images
+from training.trained import load_model, normalise, sample_images
 
 IMAGE, MIDDLE = 147, 206  # a horse that could be a deer; the line that the tokens go along, in pixels from the top
 
@@ -80,8 +80,7 @@ def draw(model: VisionTransformer, image: torch.Tensor) -> Figure:
         box(canvas, left, across, text, rotation=90)
         arrow(canvas, (left + across + 2, MIDDLE), (left + across + 14, MIDDLE))
     write(canvas, 673, 284, f"{tokens} × {width}\nto {width} to {classes}")
-    mean, std = (torch.tensor(model.metadata[name]).view(3, 1, 1) for name in ("mean", "std"))
-    shares = 100 * model((image / 255 - mean)[None] / std)[0].softmax(dim=0)
+    shares = 100 * model(normalise(image[None], model.metadata))[0].softmax(dim=0)
     for row, (name, share) in enumerate(zip(model.metadata["classes"], shares.tolist(), strict=True)):
         y = MIDDLE + 16 * (row - (classes - 1) / 2)
         write(canvas, 830, y, name, ha="right")

@@ -70,7 +70,7 @@ class Config(runs.StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        runs.require_positive(config, "seeds", "epochs")
+        cli.require_positive(config, "seeds", "epochs", "jobs")
         find_reports(config)  # now rather than after hours of training: they may be of another number of epochs
         everything = plan(dataclasses.replace(config, only=tuple(MODELS), recipe="both", seeds=10))
         failed = runs.train_missing(plan(config), config, beside=everything) if config.train else []

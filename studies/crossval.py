@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
         model = config.model.removeprefix("timm:").rpartition(":")[2]
         name = config.name or f"crossval_{model}" + ("" if data.name == "cifar10" else f"_{data.name}")
         options = runs.StudyOptions(data_dir=config.data_dir, output_dir=config.output_dir, jobs=config.jobs)
-        runs.require_positive(options)
+        cli.require_positive(options, "jobs")
         flags = f"{flags_of(config)} --dataset {shlex.quote(config.dataset)} --no_test"
         folds = {f"{name}_fold{k}": f"{flags} --fold {k}/{config.folds}" for k in range(config.folds)}
         if failed := runs.train_missing(folds, options):

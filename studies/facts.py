@@ -17,12 +17,12 @@ import torch
 
 import train
 from network import ResNet20
-from studies.ablation import ROWS
+from studies.ablation import ROWS, Config
 from studies.compare import forward_flops
 from support import cli, schema
 from support.model import num_parameters
 from support.report import machine_of, processor_of, read_json
-from support.significance import paired_t, verdict, wilson
+from support.significance import verdict, wilson
 from training.models import build_model
 from training.presets import PRESETS
 from training.trained import views
@@ -83,12 +83,9 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
     tested = {}
     if all("test_accuracy" in result for result in results):  # without --no_test
         tested["test"] = [result["test_accuracy"] for result in results]
-        tested["test_loss"] = float(np.mean([result["test_loss"] for result in results]))
         tested["margin"] = float(np.diff(wilson(np.mean(tested["test"]), IMAGES))[0] / 2)
     return {
         "runs": runs,
-        "names": [Path(name).stem for name in runs],
-        "seeds": [run["config"].get("seed") for run in runs.values()],
         "n": len(runs),
         "parameters": results[0]["parameters"],
         "epochs": first["config"]["epochs"],
@@ -98,7 +95,6 @@ def of_runs(runs: dict[str, dict]) -> dict[str, Any]:
         **tested,
         "seconds": [result["training_seconds"] for result in results],
         "processor_seconds": processor if len(processor) == len(results) else None,
-        "where": sorted({machine_of(run["provenance"]) for run in runs.values()}),
         "precisions": sorted({run["config"]["precision"] for run in runs.values()}),
     }
 
@@ -116,20 +112,8 @@ def headline(root: Path) -> dict:
             found[key]["with_views"] = accuracies_with_views(root, runs)
     rows = list(found.values())
     runs = {name: run for row in rows for name, run in row["runs"].items()}
-    resnet, vit = found["resnet20"], found["vit"]
-    by_seed = [dict(zip(row["seeds"], row["test"], strict=True)) for row in (resnet, vit)]
-    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    return {
-        **found,
-        "rows": rows,
-        "runs": runs,
-        "where": sorted({machine_of(r["provenance"]) for r in runs.values()}),
-        # of the test images, seed by seed
-        "resnet_minus_vit": {
-            **paired_t(*([accuracies[seed] for seed in seeds] for accuracies in by_seed)),
-            "parameters": vit["parameters"] / resnet["parameters"],
-        },
-    }
+    where = sorted({machine_of(run["provenance"]) for run in runs.values()})
+    return {**found, "rows": rows, "runs": runs, "where": where}
 
 
 def training_images(val_fraction: float) -> int:
@@ -196,25 +180,27 @@ def epochs_of(run: dict) -> list[dict]:
 
 
 def ablation(root: Path) -> dict:
-    """Of figures/ablation.json, and `long` of ablation_20epochs.json: rows by key, hours of all runs."""
-    short, long = ablation_of(root, 5), ablation_of(root, 20)
-    means = {key: row["mean"] for key, row in short["rows"].items()}
-    strong = [key for key, row in short["rows"].items() if key == "drop_path" or row["title"].endswith("ment added")]
-    strong += [key for key in ("random_erasing", "mixup", "cutmix") if key in means]
-    alike = [abs(short["rows"][key]["difference"]) < 0.01 for key in ("linear", "one_cycle")]
+    """Of figures/ablation_20epochs.json, which is as long as the default recipe: rows by key, hours of all runs."""
+    return ablation_of(root, 20)
+
+
+def short_ablation(root: Path) -> dict:
+    """Of figures/ablation.json: the same for five epochs and more rows, and what they say together."""
+    found = ablation_of(root, 5)
+    rows = found["rows"]
+    strong = [key for key, row in rows.items() if key == "drop_path" or row["title"].endswith("ment added")]
+    strong += [key for key in ("random_erasing", "mixup", "cutmix") if key in rows]
     return {
-        **short,
-        "long": long,
-        "order": sorted(("adamw", "constant", "cls"), key=means.get),  # without what most is lost
-        "cooldowns_alike": all(alike),
-        "augmentation_pays": any(short["rows"][key]["difference"] > 0.005 for key in strong),
-        "regularisers": [-short["rows"][key]["difference"] for key in strong],
-        "runs": {**short["runs"], **long["runs"]},
+        **found,
+        "order": sorted(("adamw", "constant", "cls"), key=lambda key: rows[key]["mean"]),  # without what most is lost
+        "cooldowns_alike": all(abs(rows[key]["difference"]) < 0.01 for key in ("linear", "one_cycle")),
+        "augmentation_pays": any(rows[key]["difference"] > 0.005 for key in strong),
+        "regularisers": [-rows[key]["difference"] for key in strong],
     }
 
 
 def ablation_of(root: Path, epochs: int) -> dict:
-    name = "ablation" if epochs == 5 else f"ablation_{epochs}epochs"
+    name = Config(epochs=epochs).name
     stored = read_figures(root, name)
     runs = find_runs(root, *(f"studies/{name}_{row['row']}_seed*" for row in stored["rows"]))
     rows = [
@@ -231,13 +217,13 @@ def ablation_of(root: Path, epochs: int) -> dict:
         "several": sum(row["n"] > 1 for row in rows),
         "n": len(runs),
         "hours": sum(run["results"]["training_seconds"] for run in runs.values()) / 3600,
-        "last": {row["row"]: epochs_of(found)[-1] for row in stored["rows"] if (found := first_seed(runs, row["row"]))},
+        "last": {
+            row["row"]: epochs_of(found)[-1]
+            for row in rows
+            if (found := runs.get(f"saved/studies/{name}_{row['row']}_seed0.json"))
+        },
         "runs": runs,
     }
-
-
-def first_seed(runs: dict[str, dict], row: str) -> dict | None:
-    return next((run for name, run in runs.items() if name.endswith(f"_{row}_seed0.json")), None)
 
 
 def patience(root: Path) -> dict:
@@ -303,7 +289,7 @@ def tried(root: Path) -> dict:
         for group in stored["groups"]
     ]
     by_change = [{row["change"]: row["mean"] for row in group["rows"]} for group in groups]
-    return {"groups": groups, "vit": by_change[0], "accurate": by_change[2], "quick": by_change[3], "runs": {}}
+    return {"groups": groups, "vit": by_change[0], "quick": by_change[3], "runs": {}}
 
 
 def recipe(_root: Path) -> dict:

@@ -47,9 +47,9 @@ class Config:
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        for name, least in (("images", 1), ("steps", 1), ("seed", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+        cli.require_positive(config, "images", "steps")
+        if config.seed < 0:
+            raise ValueError(f"seed must not be negative, not {config.seed}")
         device = choose_device(config.device)
         paths = model_files(config.models, config.checkpoint)
         models, images, labels = load_alike(paths, device, config)

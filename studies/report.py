@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 from jinja2 import meta, nodes
 
-from studies import facts, speed_facts, stale, study_facts, tune_facts
+from studies import ablation, facts, speed_facts, stale, study_facts, tune_facts
 from studies.prose import CLOSE, OPEN, find_numbers, without_marks
 from support import cli
 from support.files import CheckpointError, home, write_bytes
@@ -35,6 +35,7 @@ TOPICS: dict[str, Callable[[Path], dict]] = {
         facts.first_run,
         study_facts.study,
         facts.ablation,
+        facts.short_ablation,
         facts.patience,
         facts.crossval,
         facts.evaluation,
@@ -305,11 +306,10 @@ def outdated(root: Path) -> list[str]:
     faults = []
     stored = {path.stem: path for path in (root / "saved" / "studies").glob("*.json")}
     for epochs in (5, 20):
-        name = "ablation" if epochs == 5 else f"ablation_{epochs}epochs"
+        name = ablation.Config(epochs=epochs).name
         for row in read_json(root / "figures" / f"{name}.json")["rows"]:
-            found = [
-                read_json(stored[run])["results"]["val_accuracy"] for run in seeds_of(f"{name}_{row['row']}", stored)
-            ]
+            runs = facts.find_runs(root, f"studies/{name}_{row['row']}_seed*").values()
+            found = [run["results"]["val_accuracy"] for run in runs]
             if not same_results(row["val_accuracies"], found):
                 more = "" if epochs == 5 else f" --epochs {epochs}"
                 command = f"python -m studies.ablation --no_train{more}"
@@ -333,7 +333,10 @@ def outdated(root: Path) -> list[str]:
             )
             for seen in ("flip", "flip --shift")
         },
-        "VisionTransformer_export": ("python export.py", lambda x: x["rows"]["PyTorch"]["accuracy"]),
+        "VisionTransformer_export": (
+            "python export.py saved/VisionTransformer.pt",
+            lambda x: x["rows"]["PyTorch"]["accuracy"],
+        ),
         "ensemble": (
             "python evaluate.py saved/VisionTransformer.pt saved/CNN.pt --ensemble",
             lambda x: x["members"][0]["accuracy"],
@@ -347,12 +350,6 @@ def outdated(root: Path) -> list[str]:
         if abs(read_json(path)["without"]["accuracy"] - read_json(stored[run])["results"]["test_accuracy"]) > 0.0005:
             faults.append(f"figures/{path.name} is of another model than {run}: run evaluate.py with --flip --shift")
     return faults
-
-
-def seeds_of(prefix: str, stored: dict[str, Path]) -> list[str]:
-    """The names of its runs, seed after seed."""
-    found = [name for name in stored if name.startswith(f"{prefix}_seed") and name[len(prefix) + 5 :].isdigit()]
-    return sorted(found, key=lambda name: int(name[len(prefix) + 5 :]))
 
 
 if __name__ == "__main__":

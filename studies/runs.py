@@ -62,16 +62,6 @@ class StudyOptions:
         return "" if self.dataset == "cifar10" else f"_{self.dataset}"
 
 
-def require_positive(config: StudyOptions, *names: str) -> None:
-    """
-    Raises:
-        ValueError: one of these fields, or `jobs`, is below 1.
-    """
-    for name in (*names, "jobs"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-
-
 def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None) -> list[str]:
     """Train each run that is not stored, one that was interrupted from where it was; returns the names of those that
     failed.
@@ -94,9 +84,8 @@ def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None)
         missing[name] = [sys.executable, str(cli.ROOT / "train.py"), *shlex.split(flags), "--name", f"studies/{name}"]
         missing[name] += ["--output_dir", options.output_dir] if options.output_dir else []
         missing[name] += ["--gif_frames", "0"]
-        if is_checkpoint(
-            options.saved / f"{name}.checkpoint"
-        ):  # also of a run that has ended, and whose report is lost
+        # also of a run that has ended, and whose report is lost
+        if is_checkpoint(options.saved / f"{name}.checkpoint"):
             missing[name].append("--resume")
     print(f"{len(runs)} runs asked for, {len(runs) - len(missing)} of them stored, {len(missing)} to train", flush=True)
     return run_all(missing, options) if missing else []

@@ -81,11 +81,9 @@ def main(args: list[str] | None = None) -> None:
 
 def check(config: Config) -> None:
     """Raises ValueError for a flag that cannot be."""
+    cli.require_positive(config, *(field.name for field in dataclasses.fields(config) if field.type is int))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and value < 1:
-            raise ValueError(f"{field.name} must be at least 1, not {value}")
-        if field.type is float and not 0 < value < math.inf:
+        if field.type is float and not 0 < (value := getattr(config, field.name)) < math.inf:
             raise ValueError(f"{field.name} must be positive, not {value}")
     if config.batch_size % (config.machines * config.gpus):
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the number of GPUs")

@@ -61,7 +61,6 @@ def study(root: Path) -> dict:
         "cls": {name: [a[name] - b[name] for a, b in with_cls] for name in ("parameters", "flops")},
         "models": models,
         "margin": max(float(np.diff(row["interval"])[0] / 2) for row in stored["rows"]),
-        "images": stored["images"],
         "equal_parameters": [at_equal_parameters(row) for row in stored["equal_parameters"]],
         "at_equal_parameters": {cnn: sorted(set(words)) for cnn, words in at_equal.items()},
         "equal_time": equal_time(root),

@@ -51,7 +51,7 @@ class Config(runs.StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        runs.require_positive(config, "epochs", "seeds")
+        cli.require_positive(config, "epochs", "seeds", "jobs")
         if not all(0 < fraction <= 1 for fraction in config.fractions):
             raise ValueError(f"fractions must be above 0 and at most 1, not {config.fractions}")
         sources, targets = plan(config)

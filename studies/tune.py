@@ -1,8 +1,8 @@
 """Tuning: search hyperparameters of the ViT or the CNN, then compare the best with the default.
 
     python -m studies.tune --model cnn --trials 25           # Ctrl-C, and the same command goes on from there
-    python -m studies.tune --model vit --jobs 2              # two trainings at a time
-    python -m studies.tune --model vit --minutes 60          # no longer than an hour of searching, today
+    python -m studies.tune --model vit --epochs 3 --jobs 2           # two trainings at a time
+    python -m studies.tune --model vit --epochs 3 --minutes 60       # no longer than an hour of searching, today
     python -m studies.tune --model cnn --storage postgresql://user@host/tune --no_report     # on further machines
     python -m studies.tune --model cnn --trials 25 --no_train                    # table and pictures of what is stored
     python -m studies.tune --model cnn --dataset digits --epochs 2 --trials 6    # all of it in miniature
@@ -46,7 +46,7 @@ from studies.tune_search import (
 from studies.tune_space import SPACES, default_params, flags_of, usual
 from support import cli
 from support.files import ROOT
-from support.significance import holm, paired_t, verdict
+from support.significance import holm, interval_text, paired_t, points, verdict
 
 WORKER = "STUDIES_TUNE_WORKER"  # set in the environment of the processes that --jobs starts
 SHOWN = 8  # rows of the table
@@ -96,7 +96,7 @@ class Config(runs.StudyOptions):
 def main(args: list[str] | None = None) -> None:
     config = cli.parse(Config, args)
     with cli.one_line_errors():
-        runs.require_positive(config, "trials", "epochs", "full_epochs")
+        cli.require_positive(config, "trials", "epochs", "full_epochs", "jobs")
         if config.minutes is not None and not 0 < config.minutes < 1e6:
             raise ValueError(f"minutes must be positive, not {config.minutes}")
         if config.seeds < 0:
@@ -309,7 +309,7 @@ def as_markdown(config: Config, rows: list[dict], compared: list[dict]) -> str:
         {
             "trial": f"{row['number']}{', the default' if row['params'] == default else ''}",
             "validation accuracy": f"{row['val_accuracies'][-1]:.1%}",
-            "points": "" if base is None else f"{100 * (row['val_accuracies'][-1] - base):+.1f}",
+            "points": "" if base is None else points(row["val_accuracies"][-1] - base),
             "flags": f"`{flags_of(row['params'], config.common)}`",
         }
         for row in shown
@@ -341,13 +341,13 @@ def comparison_in_words(compared: list[dict]) -> str:
 
 
 def in_words(name: str, row: dict) -> str:
-    points = f"{name.capitalize()} minus the default: {100 * row['difference']:+.1f} points"
+    difference = f"{name.capitalize()} minus the default: {points(row['difference'])} points"
     if row["interval"] is None:
-        return f"{points}, with one seed."
-    low, high = (100 * end for end in row["interval"])
+        return f"{difference}, with one seed."
     words = {"above": "it is better", "below": "it is worse"}
     said = words.get(verdict(row["interval"], row["p_holm"]), "no difference is shown")
-    return f"{points} (95 % interval {low:+.1f} to {high:+.1f}, paired t; Holm's p {row['p_holm']:.2g}): {said}."
+    interval = f"95 % interval {interval_text(row['interval'])}"
+    return f"{difference} ({interval}, paired t; Holm's p {row['p_holm']:.2g}): {said}."
 
 
 if __name__ == "__main__":

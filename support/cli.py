@@ -181,8 +181,6 @@ def _build_parser(config_class: type) -> _Parser:
 
 def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None:
     name, default = field.name, field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
     if hint is bool:
         # the one that does not change the default is for runs that are repeated or go on, and is not in the help
         help_texts = (argparse.SUPPRESS, f"turn off: {text}") if default else (text, argparse.SUPPRESS)
@@ -192,7 +190,7 @@ def _add_argument(group, field: dataclasses.Field, hint: Any, text: str) -> None
     options = {"help": text}
     if type(None) in get_args(hint):  # X | None
         hint = next(part for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) in (tuple, list):
+    if get_origin(hint) is tuple:
         options["nargs"] = "*" if default in (dataclasses.MISSING, None) else "+"
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
@@ -250,6 +248,16 @@ def one_line_errors() -> Iterator[None]:
         if own_files.intersection(frame.filename for frame in traceback.extract_tb(error.__traceback__)):
             raise
         fail(str(error))
+
+
+def require_positive(config, *names: str) -> None:
+    """
+    Raises:
+        ValueError: one of these fields is below 1.
+    """
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def say_written(paths: Iterable[str | Path]) -> None:

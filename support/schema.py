@@ -111,7 +111,7 @@ CHECKPOINT = optional(  # saved/<name>.checkpoint, by training/checkpoints.py
         "results": maybe(Kind("results", lambda value: fits(value, RESULTS))),
         "runner": {
             "model": {...: TENSOR},
-            "optimizer": {...: ANYTHING},  # compared with the optimiser's own state, see training/checkpoints.py
+            "optimizer": {...: ANYTHING},  # compared with the optimiser's own state, see training/optim.py
             "scaler": {...: NUMBER},
             "callbacks": {...: {...: ANYTHING}},
             "metrics": {name: numbers() for names in METRICS.values() for name in names},

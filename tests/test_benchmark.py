@@ -122,6 +122,14 @@ def test_each_run_is_stored_and_ends_where_it_should(tmp_path, monkeypatch, caps
         run_main("studies.benchmark", "--contender", "nobody", "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["--threads", "--seeds", "--repeats", "--cct_epochs"])
+def test_what_cannot_be_counted_is_refused_in_one_line(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        run_main("studies.benchmark", "--time_to_accuracy", flag, 0, "--output_dir", tmp_path)
+    error = capsys.readouterr().err
+    assert f"{flag[2:]} must be at least 1, not 0" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [({}, True), ({"cpu": "other"}, False), ({"threads": 64}, False), ({"torch": "1.0"}, False), ({"date": "1"}, True)],

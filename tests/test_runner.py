@@ -17,7 +17,16 @@ from runner import NonFiniteLoss, Runner, choose_device, choose_precision
 from support.files import read_file, write_file
 from training.callbacks import Clock, ProgressBar
 from training.checkpoints import device_random_state, restore_runner, runner_state, set_device_random_state
-from training.optim import OPTIMIZERS, SCHEDULES, Muon, MuonAndAdamW, build_optimizer, build_schedule, orthogonalize
+from training.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Muon,
+    MuonAndAdamW,
+    build_optimizer,
+    build_schedule,
+    orthogonalize,
+    schedule_factor,
+)
 
 METRICS = {f"{split}_{name}" for split in ("train", "val") for name in ("loss", "accuracy", "step")}
 
@@ -591,6 +600,12 @@ def test_schedule_of_short_trainings(name, steps, warmup):
     lr = rates(steps, warmup, name)[:steps]
     assert all(0 < rate <= 2.0 for rate in lr)
     assert max(lr) == 2.0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_beyond_the_end_of_the_schedule_the_rate_stays_as_it_was_at_the_end(name):
+    factor = schedule_factor(100, 0.1, name)
+    assert [factor(step) for step in (101, 150, 250)] == pytest.approx([factor(100)] * 3)
 
 
 def test_runner_steps_the_schedule_once_for_each_step(digits):

@@ -300,6 +300,10 @@ def test_resume_without_a_checkpoint_names_those_that_there_are(tmp_path, capfd)
     interrupt(tmp_path, "--epochs", "200", "--gif_frames", "0")
     with refused(capfd, tmp_path, "no ", "--name mine"):
         run_main("train.py", "--resume", *TINY, "--output_dir", tmp_path)
+    (tmp_path / "saved" / "group").mkdir()
+    (tmp_path / "saved" / "mine.checkpoint").rename(tmp_path / "saved" / "group" / "mine.checkpoint")
+    with refused(capfd, tmp_path, "no ", "--name group/mine"):
+        run_main("train.py", "--resume", "--name", "group/other", "--output_dir", tmp_path)
 
 
 def test_config_repeats_a_stored_run(tmp_path):

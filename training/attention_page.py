@@ -27,7 +27,7 @@ from network import VisionTransformer
 from runner import eval_mode
 from support.files import write_bytes
 from training.heatmaps import relevance_of_tokens, roll_out
-from training.trained import data_title
+from training.trained import data_title, normalise
 from utils import COLOR_MAP, OPACITY
 
 LIMIT = 3_000_000  # bytes of a page
@@ -192,8 +192,7 @@ def maps_of(model: VisionTransformer, pixels: torch.Tensor, storage: Storage) ->
     without the 1 that each token has for itself. Rows are the tokens that look; a CLS token comes first.
     """
     device = next(model.parameters()).device
-    mean, std = (torch.tensor(model.metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    image = ((pixels[None] / 255 - mean) / std).to(device)
+    image = normalise(pixels[None], model.metadata).to(device)
     with torch.no_grad(), eval_mode(model):
         output = model(image, return_attention=True)
     weights = output["attention_weights"]  # (blocks, 1, heads, tokens, tokens)

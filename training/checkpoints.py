@@ -179,9 +179,10 @@ def read_checkpoint(path: Path) -> dict:
     return read_file(path, schema.CHECKPOINT, "is no whole checkpoint of a run")
 
 
-def nothing_to_resume(path: Path) -> CheckpointError:
-    """There is no such checkpoint; which there are."""
-    others = sorted(other.stem for other in path.parent.glob("*.checkpoint") if is_checkpoint(other, interrupted=True))
+def nothing_to_resume(path: Path, name: str) -> CheckpointError:
+    """There is no such checkpoint of the run of that name; which there are."""
+    found = [other for other in path.parent.glob("*.checkpoint") if is_checkpoint(other, interrupted=True)]
+    others = sorted(Path(name).with_name(other.stem).as_posix() for other in found)
     listed = "; interrupted runs are there of --name " + ", ".join(others) if others else ""
     return CheckpointError(f"there is no {path} to resume from: run without --resume for a new run{listed}")
 

@@ -150,9 +150,9 @@ def half_cosine(start: float, end: float, progress: float) -> float:
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda progress, done: half_cosine(1, 0, progress),  # Loshchilov & Hutter 2017
     "constant": lambda progress, done: 1.0,
-    "linear": lambda progress, done: max(0.0, 1 - progress),
+    "linear": lambda progress, done: 1 - progress,
     "step": lambda progress, done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),  # He et al. 2016
-    "one_cycle": lambda progress, done: half_cosine(1, 1 / 25e4, min(1, progress)),  # Smith & Topin 2019
+    "one_cycle": lambda progress, done: half_cosine(1, 1 / 25e4, progress),  # Smith & Topin 2019
 }
 
 
@@ -176,7 +176,7 @@ def schedule_factor(steps: int, warmup: float, name: str) -> Callable[[float], f
     def factor(step: float) -> float:
         if step < first:
             return half_cosine(1 / 25, 1, step / first) if name == "one_cycle" else (step + 1) / first
-        return SCHEDULES[name]((step - first) / max(1, last - first), step / steps)
+        return SCHEDULES[name](min(1, (step - first) / max(1, last - first)), step / steps)
 
     return factor
 

@@ -85,7 +85,7 @@ def stored_values(config) -> dict[str, Any]:
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return {}  # a machine without the files: flags have to say there what they hold, else Run refuses
         else:
-            raise nothing_to_resume(path)
+            raise nothing_to_resume(path, config.name)
         own = {"name", "output_dir", "config", "resume", "resume_changed"}
     else:
         return {}

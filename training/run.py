@@ -116,7 +116,7 @@ class Run:
         return kind(model, optimizer, callbacks=callbacks, **options)
 
     def callbacks(self, val_loader: Iterable) -> list[object]:
-        """Those that write files: the GIF's frames, TensorBoard, and, last, the checkpoint."""
+        """Those that write files: results as they come, the GIF's frames, TensorBoard, and, last, the checkpoint."""
         config, paths = self.config, self.paths
         settings = dataclasses.asdict(config)
         self.checkpoints = Checkpoints(paths.checkpoint, settings, config.checkpoint_minutes, self.data)
@@ -179,7 +179,7 @@ class Run:
                     f"the run {self.paths.name} has ended, and its checkpoint was deleted: it cannot go on "
                     "(--keep_checkpoint would have kept it)"
                 )
-            raise nothing_to_resume(self.paths.checkpoint)
+            raise nothing_to_resume(self.paths.checkpoint, self.paths.name)
         groups = cli.flag_groups(type(self.config))
         images = {name for name, (title, _) in groups.items() if title == "data"}
         free = {name for name in groups if name not in hyperparameters(self.config)}

@@ -43,6 +43,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", model: str 
     return loaded
 
 
+def normalise(images: torch.Tensor, metadata: dict) -> torch.Tensor:
+    """uint8 `(n, channels, height, width)` as a model with this metadata takes them: float32 of the same shape."""
+    mean, std = (torch.tensor(metadata[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return (images.float() / 255 - mean) / std
+
+
 def data_title(metadata: dict) -> str:
     """What a model was trained on, for a title: `cifar10`, or `cifar10, cat, dog` where it knows few classes."""
     name, classes = metadata["dataset"], metadata["classes"]
