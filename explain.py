@@ -85,7 +85,7 @@ def draw_page(checkpoint: str, config: Config) -> None:
         raise ValueError(f"{checkpoint} has no attention for a page to show: it is no Vision Transformer of network.py")
     files, labels = find_images(config.page), None
     read, unreadable = [], []
-    for file in tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4):
+    for file in tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4 or None):
         try:
             if Path(file).is_dir():
                 raise ImageError(f"{file} is a folder with no pictures in it")
@@ -155,7 +155,7 @@ def mean_attention_distance(model: VisionTransformer, images: torch.Tensor) -> t
     distances = patch_distances(model).to(images)
     weights_of_an_image = model.config["num_blocks"] * model.config["num_heads"] * len(distances) ** 2
     batch_size, total = max(1, min(32, AT_ONCE // weights_of_an_image)), 0
-    for batch in tqdm(images.split(batch_size), "attention distance", unit="batch", leave=False):
+    for batch in tqdm(images.split(batch_size), "attention distance", unit="batch", leave=False, disable=None):
         with eval_mode(model):
             weights = model(batch, return_attention=True)["attention_weights"]
         weights = weights[..., -len(distances) :, -len(distances) :]
@@ -201,7 +201,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     pixels = utils.to_pixels(images, metadata["mean"], metadata["std"])
     size, side = patch_grid(model, images)
     columns = {}  # name -> heat on a grid, and the side of its cells in pixels
-    for name, method in tqdm(methods(model).items(), "explaining", unit="method", leave=False):
+    for name, method in tqdm(methods(model).items(), "explaining", unit="method", leave=False, disable=None):
         heat = method(images).cpu()
         if name in ("integrated gradients", "Grad-CAM"):
             columns[name] = heat, 1

@@ -299,7 +299,7 @@ def load_program(program_bytes: bytes) -> Predictor:
 @torch.no_grad()
 def predict_plain(predictor: Predictor, images: torch.Tensor, who: str, batch_size: int = 500) -> torch.Tensor:
     """Logits `(n, classes)` for plain images, uint8 `(n, 3, height, width)`."""
-    batches = tqdm(images.split(batch_size), f"checking {who}", unit="batch", leave=False)
+    batches = tqdm(images.split(batch_size), f"checking {who}", unit="batch", leave=False, disable=None)
     return torch.cat([predictor(batch) for batch in batches])
 
 
@@ -363,7 +363,7 @@ def check_agreement(who: str, row: dict) -> None:
 def latency(predictors: dict[str, Predictor], images: torch.Tensor, repeats: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each for these images, in turns, so that a machine whose speed drifts is the same to all."""
     seconds = {who: [] for who in predictors}
-    for turn in tqdm(range(warmup + repeats), f"timing batch {len(images)}", unit="turn", leave=False):
+    for turn in tqdm(range(warmup + repeats), f"timing batch {len(images)}", unit="turn", leave=False, disable=None):
         for who, predictor in predictors.items():
             started = time.perf_counter()
             predictor(images)

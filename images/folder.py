@@ -134,7 +134,7 @@ def read_split(folder: Path, classes: list[str], side: int) -> Split:
     """All pictures that can be read below `folder/<class>`, and a line on stderr for each other file."""
     files = [(path, label) for label, name in enumerate(classes) for path in pictures(folder / name)]
     found, unreadable = [], []
-    for path, label in tqdm(files, f"reading {folder}", unit="img", leave=False):
+    for path, label in tqdm(files, f"reading {folder}", unit="img", leave=False, disable=None):
         try:
             pixels = to_array(read_image(path), side)
             found.append((content_hash(path), label, pixels))

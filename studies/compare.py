@@ -143,7 +143,9 @@ def load_runs(config: Config) -> list[comparison.Run]:
         CheckpointError: a file is damaged.
     """
     loaded = []
-    for (recipe, model, seed), report in tqdm(find_reports(config).items(), "reading", unit="run", leave=False):
+    for (recipe, model, seed), report in tqdm(
+        find_reports(config).items(), "reading", unit="run", leave=False, disable=None
+    ):
         name = config.run_name(recipe, model, seed)
         answers = load_answers(name, report, config)
         loaded.append(comparison.Run(recipe, model, MODELS[model].title, seed, report, **answers))

@@ -128,7 +128,7 @@ def compare_with_reference(groups: Groups) -> list[dict]:
         for (recipe, model), members in groups.items()
         if model != REFERENCE and (recipe, REFERENCE) in groups
     ]
-    rows = [compare(*pair) for pair in tqdm(pairs, "resampling", unit="model", leave=False)]
+    rows = [compare(*pair) for pair in tqdm(pairs, "resampling", unit="model", leave=False, disable=None)]
     corrected = holm([row["p"] for row in rows])
     return [{**row, "p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 

@@ -40,8 +40,10 @@ def main(args: list[str] | None = None) -> None:
     with cli.one_line_errors():
         if config.config:
             raise ValueError("--config repeats one run: say here the flags that it had")
-        if config.fold is not None or config.folds < 2:
-            raise ValueError(f"all are trained: leave --fold away, and --folds must be at least 2, not {config.folds}")
+        if config.fold is not None:
+            raise ValueError("all folds are trained: leave --fold away, and say with --folds how many")
+        if config.folds < 2:
+            raise ValueError(f"folds must be at least 2, not {config.folds}")
         data = load_data(
             config.dataset, config.data_dir, config.val_fraction, config.split_seed, config.img_size, test=False
         )

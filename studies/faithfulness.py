@@ -128,7 +128,7 @@ def measure(
         random = torch.Generator().manual_seed(seed)
         its_scores = {"random": torch.zeros(len(images), patches), **its_scores}
         rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in its_scores.items()}
-        for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False):
+        for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False, disable=None):
             for kind, order in {"deletion": ranking, "insertion": ranking.flip(1)}.items():
                 right = remove_patches(model, images, labels, order, removed, size)
                 correct.setdefault((name, kind), []).append(right)

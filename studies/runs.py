@@ -24,7 +24,7 @@ from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
 from support.report import provenance, read_json, write_results
 from training.checkpoints import in_todays_words, is_checkpoint
-from training.options import OWN, without_effect
+from training.options import OWN, normalise, without_effect
 
 Runs = dict[str, str]  # name -> flags to train.py
 
@@ -93,11 +93,15 @@ def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None)
 
 def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
     parsed = cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False)
+    normalise(parsed)
     config = dataclasses.asdict(parsed)
     stored = in_todays_words(read_report(name, options)["config"])
     free = {*OWN, "preset", *without_effect(parsed), *(["epochs"] if parsed.minutes else [])}
-    if "batch_size" not in parsed.given and stored.get("batch_size", parsed.batch_size) < parsed.batch_size:
-        free.add("batch_size")  # there were fewer images
+    shrunk = stored.get("batch_size", parsed.batch_size)  # where there were fewer images, to a quarter of these
+    if shrunk < parsed.batch_size and ("batch_size" not in parsed.given or 4 * shrunk < parsed.batch_size):
+        free.add("batch_size")
+    if None not in (stored.get("init_from"), parsed.init_from):  # which may be said from another folder
+        free |= {"init_from"} if Path(stored["init_from"]).name == Path(parsed.init_from).name else set()
     different = [
         f"{key} {stored[key]!r} and not {value!r}"
         for key, value in config.items()
@@ -155,6 +159,7 @@ def _start(command: list[str], environment: dict, log: Path, quietly: bool) -> s
     if not quietly:
         return subprocess.Popen(command, env=environment)
     environment = {**environment, "PYTHONIOENCODING": "utf-8"}  # in which the log is read, whatever the system's is
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 

@@ -342,7 +342,9 @@ def is_dead(trial: FrozenTrial) -> bool:
 
 def this_process() -> tuple[str, int, float]:
     """A mark of this machine, which does not say its name; and of the process its number and when it was started."""
-    machine = hashlib.sha256(f"{platform.node()} {uuid.getnode()}".encode()).hexdigest()[:12]
+    address = uuid.getnode()
+    address = 0 if address >> 40 & 1 else address  # without a network Python draws one for each process, with this bit
+    machine = hashlib.sha256(f"{platform.node()} {address}".encode()).hexdigest()[:12]
     return machine, os.getpid(), psutil.Process().create_time()
 
 

@@ -202,7 +202,7 @@ def device_name(name: str) -> str:
         raise ValueError(f"device {name!r} is not for several processes: choose auto, cpu or cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    number = int(os.environ["LOCAL_RANK"])
+    number = int(os.environ.get("LOCAL_RANK", 0))
     if number < torch.cuda.device_count():
         torch.cuda.set_device(number)
     return f"cuda:{number}"

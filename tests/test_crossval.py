@@ -98,6 +98,9 @@ def test_folds_of_a_folder_that_has_changed_between_them_are_not_averaged(tmp_pa
     )
     flags = [*flags.split(), "--gif_frames", "0", "--output_dir", str(tmp_path)]
     run_main("studies.crossval", *flags)
+    capfd.readouterr()
+    run_main("studies.crossval", flags[0], f"{flags[1]}/", *flags[2:])  # as a shell completes it
+    assert "0 to train" in capfd.readouterr().out
     (tmp_path / "saved" / "studies" / "crossval_mlp_pets_fold1.json").unlink()
     Image.new("RGB", (8, 8)).save(tmp_path / "pets" / "train" / "a" / "one more.png")
     with pytest.raises(SystemExit) as stop:

@@ -107,7 +107,7 @@ def run(folder, count, runs):
     else:
         process = torchrun(count, script, json.dumps(runs))
     try:
-        printed, complaints = process.communicate(timeout=300)
+        printed, complaints = process.communicate(timeout=900)
     finally:
         process.kill()
     errors = re.findall(r"train.py: error: .*", complaints)

@@ -210,10 +210,19 @@ def test_eight_bits_that_lose_accuracy_are_not_kept(tmp_path, digits, run, monke
     assert (tmp_path / "a.onnx").exists()
 
 
-@pytest.mark.parametrize("seen", ["no validation images", "an older file"])
+@pytest.mark.parametrize(("lost", "kept"), [(0.0049, True), (0.0051, False)])
+def test_eight_bits_are_kept_if_they_cost_half_a_point_at_most(tmp_path, digits, run, monkeypatch, lost, kept):
+    path = save(fitted_mlp(digits), tmp_path / "a.pt", digits)
+    monkeypatch.setattr(export, "lost_accuracy", lambda *_: lost)
+    code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--no-latency")
+    assert code == 0 and ("not kept" not in out) == kept == (tmp_path / "a.int8.onnx").exists()
+
+
+@pytest.mark.parametrize("seen", ["no validation images", "an older file", "trained on those of the model before"])
 def test_eight_bits_are_not_kept_on_the_word_of_test_images(tmp_path, digits, run, seen):
-    everything = {"digits": {"train": pack_ids(torch.arange(1437)), "val": pack_ids(torch.arange(0))}}
-    changes = {"seen": everything if seen == "no validation images" else {}}
+    val = torch.arange(287 if seen.startswith("trained") else 0)
+    everything = {"digits": {"train": pack_ids(torch.arange(1797)), "val": pack_ids(val)}}
+    changes = {"seen": {} if seen == "an older file" else everything}
     path = save(fitted_mlp(digits), tmp_path / "a.pt", digits, **changes)
     code, out, _ = run(path, "--figures_dir", tmp_path / "figures", "--no-latency")
     report = json.loads((tmp_path / "figures" / "a_export.json").read_text(encoding="utf-8"))

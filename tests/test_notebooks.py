@@ -68,6 +68,7 @@ NORMALISATION = {"mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 OTHER_VITS = {  # what train.py may put in the place of the committed model
     "two classes, patches that do not divide": ({"patch_size": 6, "pooling": "mean"}, "cifar10", ["truck", "cat"]),
     "conv tokenizer, CLS token, one block": ({"patch_size": 8, "tokenizer": "conv", "num_blocks": 1}, "digits", None),
+    "the presets' tokenizer": ({"patch_size": 8, "tokenizer": "whitened", "num_blocks": 1}, "cifar10", CIFAR10),
     "one patch, one head": ({"patch_size": 32, "num_heads": 1, "num_blocks": 2}, "cifar10", CIFAR10),
 }
 
@@ -94,7 +95,7 @@ def test_notebooks_run_with_any_vit_and_say_what_is_true_of_it(copy, name, other
         blocks, heads, side = sizes["num_blocks"], sizes["num_heads"], sizes["patch_size"]
         expected = f"{blocks} block(s) with {heads} head(s) each, tokens of 16 numbers, patches of {side}x{side} pixels"
         assert f"**{dataset}**: {expected}" in said and f"{20 * len(classes)} test pictures" in said
-        assert ("small convolutions" in said) == (model.config["tokenizer"] == "conv")
+        assert ("small convolutions" in said) == (model.config["tokenizer"] != "patch")
         assert f"ln {len(classes)} = {np.log(len(classes)):.3f}" in said
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert not re.search(r"\b(4|four) (blocks|heads)|\b64 (patch|token|number)", prose), "true of one model only"

@@ -175,6 +175,16 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_seed_is_a_run_of_its_own_with_its_effort():
+    sources, targets = transfer.plan(transfer.Config(dataset="digits", seeds=2, fractions=(0.1, 1.0)))
+    assert ["--seed 0" in flags for flags in sources.values()] == [True, False]
+    assert len({run["name"] for run in targets}) == len(targets) == 12
+    fractions = dict(zip(sorted({run["images"] for run in targets}), (0.1, 1.0), strict=True))
+    for run in targets:
+        epochs, batch = transfer.effort(20, fractions[run["images"]], run["images"])
+        assert f"--seed {run['seed']} " in run["flags"] and f"--epochs {epochs} --batch_size {batch}" in run["flags"]
+
+
 def test_the_names_of_all_classes_are_those_of_the_data(digits):
     for task in transfer.TASKS["digits"]:
         assert set(task.split(",")) < set(digits.classes)

@@ -365,3 +365,19 @@ def ask_three(where):
         with lock:
             numbers.append(study.ask().number)
     return numbers
+
+
+def test_what_kills_its_process_three_times_is_left_out_and_other_machines_have_ten_minutes(tmp_path):
+    study = tune_search.open_study(f"sqlite:///{tmp_path}/t.db", "t", {}, {"x": 0.5})
+    space, (machine, *_) = {"x": optuna.distributions.FloatDistribution(0, 1)}, tune_search.this_process()
+    for _ in range(3):
+        trial = study.ask(space)
+        trial.set_user_attr("worker", [machine, 999_999_999, 0.0])  # no such process
+        assert trial.params == {"x": 0.5}
+        tune_search.give_up_dead(study, tmp_path)
+    assert not study.get_trials(states=(TrialState.WAITING,))
+    trial = study.ask(space)
+    trial.set_user_attr("worker", ["another machine", 1, 0.0])
+    for ago, dead in ((590, False), (610, True)):
+        trial.set_user_attr("seen", time.time() - ago)
+        assert tune_search.is_dead(study.trials[trial.number]) == dead

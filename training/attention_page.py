@@ -71,7 +71,7 @@ def write_page(
     notes = notes_on_storage(model, storage, len(pixels))
     pixels = pixels[: storage.images]
     images, worst = [], 0.0
-    for i, image in enumerate(tqdm(pixels, "attention", unit="image", leave=False)):
+    for i, image in enumerate(tqdm(pixels, "attention", unit="image", leave=False, disable=None)):
         maps, probabilities = maps_of(model, image, storage)
         stored, largest, error = quantise(maps)
         worst = max(worst, error)

@@ -24,8 +24,9 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     names = [shorten(name, 24) for name in classes] if cell >= 12 else []
     longest = max(map(len, names), default=0)
     side, margin, top = cell * len(classes), 30 + 8 * longest, max(128, 56 + 5 * longest)
+    edge = max(50, 6 * len(names[-1]) if names else 0)  # the last column's name leans over it
     note = "percent of each right class (row), by predicted class (column)"
-    figure = utils.new_figure(max(margin + side + 50, 500), top + side + 24, f"{title}: what is taken for what", note)
+    figure = utils.new_figure(max(margin + side + edge, 500), top + side + 24, f"{title}: what is taken for what", note)
     axes = utils.add_axes(figure, margin, top, side, side)
     axes.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, 1.4 * mistakes.max().item()))
     for row in range(len(classes)):
@@ -71,7 +72,7 @@ def draw_calibration(report: dict, path: Path, title: str) -> Figure:
     upper.plot([0, 100], [0, 100], "--", color=utils.DARK, lw=1, label="perfectly calibrated")
     few = f" of at least {FEW}" if len(rows) < len(filled) else ""
     upper.set_ylabel(f"right, % of the images in a bin{few}")
-    upper.legend(loc="upper left")
+    upper.legend(loc="best")
     lower = utils.add_axes(figure, 66, 428, 430, 112)
     everywhere = [50 * (row["low"] + row["high"]) for row in filled]
     lower.bar(everywhere, [100 * row["images"] / report["images"] for row in filled], width * 0.94, color=utils.GREY)

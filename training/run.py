@@ -71,7 +71,7 @@ class Run:
             and asked == "bf16"
             and not has_bf16(self.device)
         ):
-            print("precision is fp32 here: bf16, which the stored run had, would be many times slower")
+            print("precision is fp32 here: bf16, which the stored run had, would be slower")
             return "fp32"
         return choose_precision(asked, self.device)
 

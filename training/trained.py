@@ -94,9 +94,11 @@ def validation_loader(model: Model, data_dir: str | None, batch_size: int, devic
     """The images that the model was validated on, as far as they are here and it says which they were: perhaps none.
     Arguments and errors as of `load_its_data`."""
     data = load_its_data(model, data_dir)
-    known = unpack_seen(model.metadata.get("seen", {})).get(data.collection, {"val": torch.empty(0)})["val"]
+    nothing = dict.fromkeys(("train", "val"), torch.empty(0))
+    known = unpack_seen(model.metadata.get("seen", {})).get(data.collection, nothing)
     images = join([data.train, data.val])
-    images = images.subset(torch.isin(images.ids, known))
+    # what a model that it started from was validated on, it may have been trained on itself
+    images = images.subset(torch.isin(images.ids, known["val"]) & ~torch.isin(images.ids, known["train"]))
     return ImageLoader(images, batch_size, model.metadata["mean"], model.metadata["std"], device)
 
 
@@ -170,7 +172,7 @@ def predict(
     """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` or `shift` each image's are the
     logarithm of the mean probabilities of its `views`."""
     logits, labels = [], []
-    for images, batch_labels in tqdm(loader, "testing", unit="batch", leave=False):
+    for images, batch_labels in tqdm(loader, "testing", unit="batch", leave=False, disable=None):
         answers = [model(view) for view in views(images, flip, shift)]
         logits.append((mean_probabilities(answers) if flip or shift else answers[0]).cpu())
         labels.append(batch_labels.cpu())
