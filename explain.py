@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import utils
 from images.reading import ImageError, find_images, read_image, to_array
@@ -85,7 +84,7 @@ def draw_page(checkpoint: str, config: Config) -> None:
         raise ValueError(f"{checkpoint} has no attention for a page to show: it is no Vision Transformer of network.py")
     files, labels = find_images(config.page), None
     read, unreadable = [], []
-    for file in tqdm(files, "reading", unit="image", leave=False, disable=len(files) < 4 or None):
+    for file in cli.progress(files, "reading", "image", least=4):
         try:
             if Path(file).is_dir():
                 raise ImageError(f"{file} is a folder with no pictures in it")
@@ -155,7 +154,7 @@ def mean_attention_distance(model: VisionTransformer, images: torch.Tensor) -> t
     distances = patch_distances(model).to(images)
     weights_of_an_image = model.config["num_blocks"] * model.config["num_heads"] * len(distances) ** 2
     batch_size, total = max(1, min(32, AT_ONCE // weights_of_an_image)), 0
-    for batch in tqdm(images.split(batch_size), "attention distance", unit="batch", leave=False, disable=None):
+    for batch in cli.progress(images.split(batch_size), "attention distance", "batch"):
         with eval_mode(model):
             weights = model(batch, return_attention=True)["attention_weights"]
         weights = weights[..., -len(distances) :, -len(distances) :]
@@ -201,7 +200,7 @@ def draw_explanations(model: nn.Module, images: torch.Tensor, labels: torch.Tens
     pixels = utils.to_pixels(images, metadata["mean"], metadata["std"])
     size, side = patch_grid(model, images)
     columns = {}  # name -> heat on a grid, and the side of its cells in pixels
-    for name, method in tqdm(methods(model).items(), "explaining", unit="method", leave=False, disable=None):
+    for name, method in cli.progress(methods(model).items(), "explaining", "method"):
         heat = method(images).cpu()
         if name in ("integrated gradients", "Grad-CAM"):
             columns[name] = heat, 1

@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.export import ExportedProgram
-from tqdm import tqdm
 
 from images.augment import import_torchvision
 from images.loader import ImageLoader, Split
@@ -299,7 +298,7 @@ def load_program(program_bytes: bytes) -> Predictor:
 @torch.no_grad()
 def predict_plain(predictor: Predictor, images: torch.Tensor, who: str, batch_size: int = 500) -> torch.Tensor:
     """Logits `(n, classes)` for plain images, uint8 `(n, 3, height, width)`."""
-    batches = tqdm(images.split(batch_size), f"checking {who}", unit="batch", leave=False, disable=None)
+    batches = cli.progress(images.split(batch_size), f"checking {who}", "batch")
     return torch.cat([predictor(batch) for batch in batches])
 
 
@@ -363,7 +362,7 @@ def check_agreement(who: str, row: dict) -> None:
 def latency(predictors: dict[str, Predictor], images: torch.Tensor, repeats: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each for these images, in turns, so that a machine whose speed drifts is the same to all."""
     seconds = {who: [] for who in predictors}
-    for turn in tqdm(range(warmup + repeats), f"timing batch {len(images)}", unit="turn", leave=False, disable=None):
+    for turn in cli.progress(range(warmup + repeats), f"timing batch {len(images)}", "turn"):
         for who, predictor in predictors.items():
             started = time.perf_counter()
             predictor(images)

@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
         failed = False
         taken = set()
         names = find_images(config.images)
-        for name in tqdm(names, "predicting", unit="image", leave=False, disable=len(names) < 4 or None):
+        for name in cli.progress(names, "predicting", "image", least=4):
             try:
                 if Path(name).is_dir():
                     raise ImageError(f"{name} is a folder with no pictures in it")

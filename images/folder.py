@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from images.loader import HASHES, Split
 from images.reading import ImageError, read_image, to_array
+from support import cli
 
 TEST_FRACTION = 0.2  # fixed: a test image of one run is a training image of no other
 
@@ -134,7 +134,7 @@ def read_split(folder: Path, classes: list[str], side: int) -> Split:
     """All pictures that can be read below `folder/<class>`, and a line on stderr for each other file."""
     files = [(path, label) for label, name in enumerate(classes) for path in pictures(folder / name)]
     found, unreadable = [], []
-    for path, label in tqdm(files, f"reading {folder}", unit="img", leave=False, disable=None):
+    for path, label in cli.progress(files, f"reading {folder}", "img"):
         try:
             pixels = to_array(read_image(path), side)
             found.append((content_hash(path), label, pixels))

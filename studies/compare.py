@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from runner import choose_device
 from studies import comparison, comparison_figures, runs
@@ -143,9 +142,7 @@ def load_runs(config: Config) -> list[comparison.Run]:
         CheckpointError: a file is damaged.
     """
     loaded = []
-    for (recipe, model, seed), report in tqdm(
-        find_reports(config).items(), "reading", unit="run", leave=False, disable=None
-    ):
+    for (recipe, model, seed), report in cli.progress(find_reports(config).items(), "reading", "run"):
         name = config.run_name(recipe, model, seed)
         answers = load_answers(name, report, config)
         loaded.append(comparison.Run(recipe, model, MODELS[model].title, seed, report, **answers))

@@ -9,9 +9,9 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from studies.runs import markdown
+from support import cli
 from support.report import machine_of
 from support.significance import holm, interval_text, mcnemar_p, paired_bootstrap, paired_t, points, verdict, wilson
 
@@ -128,7 +128,7 @@ def compare_with_reference(groups: Groups) -> list[dict]:
         for (recipe, model), members in groups.items()
         if model != REFERENCE and (recipe, REFERENCE) in groups
     ]
-    rows = [compare(*pair) for pair in tqdm(pairs, "resampling", unit="model", leave=False, disable=None)]
+    rows = [compare(*pair) for pair in cli.progress(pairs, "resampling", "model")]
     corrected = holm([row["p"] for row in rows])
     return [{**row, "p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 

@@ -180,16 +180,13 @@ def epochs_of(run: dict) -> list[dict]:
 
 
 def ablation(root: Path) -> dict:
-    """Of figures/ablation_20epochs.json, which is as long as the default recipe: rows by key; `order`, those first
-    that cost the most; the processor's hours of all runs."""
+    """Of figures/ablation_20epochs.json, which is as long as the default recipe: rows by key, and `order`, those first
+    that cost the most."""
     found = ablation_of(root, 20)
     rows = found["rows"]
-    for key, row in rows.items():
-        row["loss"] = found["runs"][f"saved/studies/ablation_20epochs_{key}_seed0.json"]["results"]["val_loss"]
     alike = [abs(rows[key]["difference"]) < 0.01 for key in ("no_warmup", "no_smoothing", "conv")]
-    hours = sum(run["results"]["processor_seconds"] for run in found["runs"].values()) / 3600
     order = sorted((key for key in rows if key != "default"), key=lambda key: rows[key]["difference"])
-    return {**found, "hours": hours, "order": order, "alike": all(alike)}
+    return {**found, "order": order, "alike": all(alike)}
 
 
 def short_ablation(root: Path) -> dict:
@@ -219,12 +216,14 @@ def ablation_of(root: Path, epochs: int) -> dict:
         }
         for row in stored["rows"]
     ]
+    # of the processor, which early runs did not note
+    seconds = [r.get("processor_seconds") or r["training_seconds"] for r in (run["results"] for run in runs.values())]
     return {
         "rows": {row["row"]: row for row in rows},
         "epochs": epochs,
         "several": sum(row["n"] > 1 for row in rows),
         "n": len(runs),
-        "hours": sum(run["results"]["training_seconds"] for run in runs.values()) / 3600,
+        "hours": sum(seconds) / 3600,
         "last": {
             row["row"]: epochs_of(found)[-1]
             for row in rows

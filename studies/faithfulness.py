@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import utils
 from explain import choose_images, model_files, picture_path
@@ -128,7 +127,7 @@ def measure(
         random = torch.Generator().manual_seed(seed)
         its_scores = {"random": torch.zeros(len(images), patches), **its_scores}
         rankings = {name: rank(values.cpu(), random).to(images.device) for name, values in its_scores.items()}
-        for name, ranking in tqdm(rankings.items(), "removing patches", unit="ranking", leave=False, disable=None):
+        for name, ranking in cli.progress(rankings.items(), "removing patches", "ranking"):
             for kind, order in {"deletion": ranking, "insertion": ranking.flip(1)}.items():
                 right = remove_patches(model, images, labels, order, removed, size)
                 correct.setdefault((name, kind), []).append(right)

@@ -24,7 +24,7 @@ from support import cli, schema
 from support.files import CheckpointError, home, write_bytes
 from support.report import provenance, read_json, write_results
 from training.checkpoints import in_todays_words, is_checkpoint
-from training.options import OWN, normalise, without_effect
+from training.options import OWN, unify_spelling, without_effect
 
 Runs = dict[str, str]  # name -> flags to train.py
 
@@ -93,7 +93,7 @@ def train_missing(runs: Runs, options: StudyOptions, beside: Runs | None = None)
 
 def require_same_hyperparameters(name: str, flags: str, options: StudyOptions) -> None:
     parsed = cli.parse(train.Config, shlex.split(flags), train.dependent_defaults, remember=False)
-    normalise(parsed)
+    unify_spelling(parsed)
     config = dataclasses.asdict(parsed)
     stored = in_todays_words(read_report(name, options)["config"])
     free = {*OWN, "preset", *without_effect(parsed), *(["epochs"] if parsed.minutes else [])}

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from tqdm import tqdm
+
 from support import distributed
 from support.files import ROOT, short
 
@@ -248,6 +250,12 @@ def one_line_errors() -> Iterator[None]:
         if own_files.intersection(frame.filename for frame in traceback.extract_tb(error.__traceback__)):
             raise
         fail(str(error))
+
+
+def progress(items: Iterable, title: str, unit: str, least: int = 0) -> tqdm:
+    """The items, with a bar while they are gone through: on a terminal, of the first process, of `least` items."""
+    hidden = distributed.rank() > 0 or (least and len(items) < least)
+    return tqdm(items, title, unit=unit, leave=False, disable=hidden or None)  # None: only on a terminal
 
 
 def require_positive(config, *names: str) -> None:

@@ -21,10 +21,10 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from network import VisionTransformer
 from runner import eval_mode
+from support import cli
 from support.files import write_bytes
 from training.heatmaps import relevance_of_tokens, roll_out
 from training.trained import data_title, normalise
@@ -71,7 +71,7 @@ def write_page(
     notes = notes_on_storage(model, storage, len(pixels))
     pixels = pixels[: storage.images]
     images, worst = [], 0.0
-    for i, image in enumerate(tqdm(pixels, "attention", unit="image", leave=False, disable=None)):
+    for i, image in enumerate(cli.progress(pixels, "attention", "image")):
         maps, probabilities = maps_of(model, image, storage)
         stored, largest, error = quantise(maps)
         worst = max(worst, error)

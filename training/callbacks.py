@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from runner import Runner
-from support import distributed, schema
+from support import cli, distributed, schema
 from support.files import first_line
 
 
@@ -173,8 +173,7 @@ class WithProgress:
         self.loader, self.title = loader, title
 
     def __iter__(self) -> Iterator:
-        disable = True if distributed.rank() > 0 else None  # None: only on a terminal
-        return iter(tqdm(self.loader, self.title, unit="batch", leave=False, disable=disable))
+        return iter(cli.progress(self.loader, self.title, "batch"))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from network import CNN, ResNet20, VisionTransformer
 from runner import eval_mode
+from support import cli
 
 # --------------------------------------------------------------------------------------- heat maps out of attention
 
@@ -229,7 +229,7 @@ def patch_scores(model: nn.Module, images: torch.Tensor, batch_size: int = 50) -
     """Of every method its mean score for the predicted class in each patch, `(n, patches)` on the CPU."""
     size, side = patch_grid(model, images)
     scores = {name: [] for name in methods(model)}
-    for batch in tqdm(images.split(batch_size), "explaining", unit="batch", leave=False, disable=None):
+    for batch in cli.progress(images.split(batch_size), "explaining", "batch"):
         for name, method in methods(model, signed=True).items():
             scores[name].append(mean_of_patches(method(batch), size, side).flatten(1).cpu())
     return {name: torch.cat(parts) for name, parts in scores.items()}

@@ -265,7 +265,7 @@ def check_minutes(config) -> None:
         raise ValueError("--minutes is for one process: say --epochs with torchrun")
 
 
-def normalise(config) -> None:
+def unify_spelling(config) -> None:
     """Spell in one way what can be typed in several: pets/ is pets, and `cat, dog` is cat,dog."""
     config.dataset = config.dataset.rstrip("/\\") or config.dataset
     if config.classes:
@@ -296,7 +296,7 @@ def check(config) -> None:
     find_model(config.model)
     if config.fold is not None and not re.fullmatch(r"\d+/\d+", config.fold):
         raise ValueError(f"fold {config.fold} must be a number and how many there are: 0/5 is the first of five")
-    normalise(config)
+    unify_spelling(config)
     timm, weights = config.model.startswith("timm:"), config.pretrained or config.pretrained_file
     if timm and config.optimizer == "muon":
         raise ValueError("--optimizer muon is for the project's own blocks: choose adamw, adam or sgd for timm's")

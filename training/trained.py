@@ -8,12 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from images.loader import Dataset, ImageLoader, Split, join, unpack_seen
 from network import Model
 from setup_cifar import DATASETS, load_data
-from support import schema
+from support import cli, schema
 from support.files import ROOT, CheckpointError
 from training.models import OwnModel, import_class, load_file
 
@@ -172,7 +171,7 @@ def predict(
     """Logits `(n, classes)` and labels `(n,)` of all images, on the CPU. With `flip` or `shift` each image's are the
     logarithm of the mean probabilities of its `views`."""
     logits, labels = [], []
-    for images, batch_labels in tqdm(loader, "testing", unit="batch", leave=False, disable=None):
+    for images, batch_labels in cli.progress(loader, "testing", "batch"):
         answers = [model(view) for view in views(images, flip, shift)]
         logits.append((mean_probabilities(answers) if flip or shift else answers[0]).cpu())
         labels.append(batch_labels.cpu())
