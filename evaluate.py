@@ -25,7 +25,7 @@ from network import Model
 from runner import choose_device
 from support import cli
 from support.files import figures_folder
-from support.report import plain_table, provenance, shorten, write_results
+from support.report import plain_table, provenance, shorten_names, write_results
 from support.significance import interval_text, paired_bootstrap, points
 from training.evaluation_figures import draw_calibration, draw_confusion, draw_ensemble, draw_mistakes
 from training.side_by_side import show
@@ -239,7 +239,7 @@ def report_ensemble(members: list[Answers], together: Answers, title: str, prefi
     shown = (*rows, {"name": "ensemble", **whole})
     gains = [f"{points(row['difference'], 2)} ({interval_text(row['bca'], 2)})" for row in rows]
     columns = {
-        "": [shorten(row["name"], 24) for row in shown],
+        "": shorten_names([row["name"] for row in shown], 22),
         "accuracy": [f"{row['accuracy']:.2%}" for row in shown],
         "loss": [f"{row['loss']:.4f}" for row in shown],
         "calibration": [f"{row['expected_calibration_error']:.2%}" for row in shown],
@@ -305,7 +305,7 @@ def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: list[s
 
 def table_of_classes(rows: list[dict]) -> str:
     """For the terminal."""
-    columns = {"class": [shorten(row["class"], 40) for row in rows]}
+    columns = {"class": shorten_names([row["class"] for row in rows], 40)}
     for name in ("precision", "recall", "f1"):
         columns[name.replace("f1", "F1")] = ["" if row[name] is None else f"{row[name]:.1%}" for row in rows]
     columns["images"] = [f"{row['images']:,}" for row in rows]

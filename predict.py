@@ -26,7 +26,6 @@ from network import Model, VisionTransformer
 from runner import choose_device
 from support import cli
 from support.files import figures_folder
-from support.report import shorten
 from training.heatmaps import patch_grid, relevance
 from training.trained import load_model, normalise
 
@@ -140,7 +139,8 @@ def draw_prediction(
     seen = utils.to_pixels(images, model.metadata["mean"], model.metadata["std"])[0]
     panels = ["central square", f"what the model sees: {size}x{size}"]
     if attention is not None:
-        panels += ["attention, last block", f"relevance for {shorten(classes[probabilities.argmax()], 16)}"]
+        likeliest = utils.fit(classes[probabilities.argmax()], tile - 90, 10.5)
+        panels += ["attention, last block", f"relevance for {likeliest}"]
     scale_width = 56 if attention is not None else 0
     figure = utils.new_figure(14 + len(panels) * (tile + 12) + scale_width + 234, 40 + tile + 16)
     for column, heading in enumerate(panels):
@@ -165,7 +165,7 @@ def draw_prediction(
     utils.add_text(figure, left, 30, "likeliest classes", size=10.5)
     best = probabilities.topk(min(5, len(classes)))
     axes = utils.add_axes(figure, left, 40, 210, min(150, tile))
-    utils.draw_bars(axes, best.values.tolist(), best.indices.tolist(), -1, classes, longest=28)
+    utils.draw_bars(axes, best.values.tolist(), best.indices.tolist(), -1, classes)
     utils.save_figure(figure, path)
     return figure
 

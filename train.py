@@ -177,12 +177,10 @@ def dependent_defaults(config: Config) -> dict:
         values |= RATES.get(optimizer, {})
     if (config.pretrained or config.pretrained_file) and optimizer in ("adam", "adamw"):
         values["lr"] = FINE_TUNING_RATE
-    if config.dataset == "digits":
-        values |= DIGITS
     preset = PRESETS.get(config.preset, {})
     if optimizer != Config.optimizer:  # a preset's rates are Muon's
         preset = {name: value for name, value in preset.items() if name not in ("lr", "weight_decay", "momentum")}
-    return {**values, **preset}
+    return {**values, **preset, **(DIGITS if config.dataset == "digits" else {})}
 
 
 def with_defaults(config: Config, **changes) -> Config:

@@ -24,12 +24,12 @@ from support.figures import (
     VERMILLION,
     add_axes,
     add_text,
+    fit,
     new_figure,
     save_figure,
     to_pixels,
 )
 from support.files import write_bytes
-from support.report import shorten
 
 COLOR_MAP, OPACITY = "inferno", 0.65  # of attention
 POINTS = 120  # of a training curve that are drawn, each the mean of as many steps as that takes
@@ -92,7 +92,8 @@ def draw_progress(
         picture = add_axes(figure, left, 264, 96, 96)
         picture.imshow(pixels[i])
         picture.axis("off")
-        picture.set_title(shorten(classes[label], 18), size=8.5, weight="bold", color=GREEN, pad=2)
+        name = fit(classes[label], 120, 8.5, "bold")
+        picture.set_title(name, size=8.5, weight="bold", color=GREEN, pad=2)
         bars = add_axes(figure, left, 364, 137, 50)
         draw_bars(bars, top_probabilities[i].tolist(), top_classes[i].tolist(), label, classes)
     if path is not None:
@@ -114,17 +115,16 @@ def plot_progress(runner, loader, path: str | Path | None = None, classes: list[
     )
 
 
-def draw_bars(
-    axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str], longest: int = 16
-) -> None:
+def draw_bars(axes: Axes, probabilities: list[float], indices: list[int], label: int, classes: list[str]) -> None:
     """Horizontal bars from the top down, each with its class on the left and its percentage on the right; of longer
     names the middle is left out."""
     rows = range(len(indices))
+    room = 0.94 * axes.get_position().width * 100 * axes.figure.get_size_inches()[0] - 42  # pixels; "100 %" takes 38
     axes.barh(rows, [1] * len(rows), height=0.86, color=LIGHT)
     axes.barh(rows, probabilities, height=0.86, color=[GREEN if index == label else GREY for index in indices])
     for row, index, probability in zip(rows, indices, probabilities, strict=True):
         style = {"size": 8, "color": "black", "va": "center_baseline", "weight": "bold" if index == label else "normal"}
-        axes.text(0.03, row, shorten(classes[index], longest), **style)
+        axes.text(0.03, row, fit(classes[index], room, 8, style["weight"]), **style)
         axes.text(0.97, row, f"{100 * probability:.0f} %", ha="right", **style)
     axes.set(xlim=(0, 1), ylim=(max(3, len(indices)) - 0.5, -0.5))
     axes.axis("off")

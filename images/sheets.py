@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from images.augment import NAMES, Augmentation, Draws
-from support.figures import add_axes, add_text, new_figure, save_figure
+from support.figures import add_axes, add_text, fit, new_figure, save_figure
 
 LARGEST, MOST = 72, 100  # pixels of a side in the sheet of samples, and classes: a larger sheet would not be looked at
 VISIBLE = 12  # of 255: mean change of a pixel from which on one sees that an image was changed
@@ -94,7 +94,8 @@ def draw_augmentations(
             axes.imshow(pixels[i])
             axes.axis("off")
             if name in headings:
-                add_text(figure, left, top - 5, _describe_target(target, classes), size=7.5)
+                text = "\n".join(fit(line, tile + gap - 1, 7.5) for line in _describe_target(target, classes))
+                add_text(figure, left, top - 5, text, size=7.5)
         top += tile + gap
     save_figure(figure, path)
     return figure
@@ -125,9 +126,9 @@ def _draw_visibly(
     return draws, pixels, targets
 
 
-def _describe_target(target: torch.Tensor, classes: list[str]) -> str:
-    """The class, or on two lines those that were mixed with their percentages."""
+def _describe_target(target: torch.Tensor, classes: list[str]) -> list[str]:
+    """A line with the class, or two with those that were mixed and their percentages."""
     if target.ndim == 0:
-        return classes[target]
+        return [classes[target]]
     shares, indices = target.topk(2)
-    return "\n".join(f"{100 * share:.0f} % {classes[i]}" for share, i in zip(shares, indices, strict=True) if share)
+    return [f"{100 * share:.0f} % {classes[i]}" for share, i in zip(shares, indices, strict=True) if share]

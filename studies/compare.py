@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import shlex
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +106,10 @@ def command_for_missing(found: list[comparison.Run], config: Config) -> str:
     models, recipes = ([name for name in table if any(name in key for key in missing)] for table in (MODELS, RECIPES))
     flags = ["--only", *models]
     flags += ["--recipe", *recipes] if len(recipes) == 1 else []
-    flags += [
-        f"--{name} {getattr(config, name)}"
-        for name in ("dataset", "epochs")
-        if getattr(config, name) != getattr(Config, name)
-    ]
-    return " ".join(["python -m studies.compare", *flags]) if missing else ""
+    for name in ("dataset", "epochs", "seeds", "output_dir"):
+        if getattr(config, name) != getattr(Config, name):
+            flags += [f"--{name}", str(getattr(config, name))]
+    return shlex.join(["python", "-m", "studies.compare", *flags]) if missing else ""
 
 
 def find_reports(config: Config) -> dict[tuple[str, str, int], dict]:

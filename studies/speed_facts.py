@@ -118,6 +118,7 @@ def precision(root: Path) -> dict:
         "kinds": kinds,
         # measured before `small` got the sizes that it has
         "earlier_small": [kind["where"] for kind in kinds if kind.get("parameters", {}).get("small") != small],
+        "fp32_seconds": [full[seed][1]["results"]["training_seconds"] for seed in seeds],
         "fp32": pairs[0],
         "bf16": pairs[1],
         "by_seed": paired_t(*pairs) if seeds else None,

@@ -55,7 +55,10 @@ def study(root: Path) -> dict:
         "sizes": {recipe: list(accuracies) for recipe, accuracies in patches.items()},
         "patches": {recipe: list(accuracies.values()) for recipe, accuracies in patches.items()},
         "gains": {
-            "cnn": recipes["default"]["cnn"]["test_accuracy"] - recipes["plain"]["cnn"]["test_accuracy"],
+            **{
+                key: recipes["default"][key]["test_accuracy"] - recipes["plain"][key]["test_accuracy"]
+                for key in ("cnn", "resnet20", "vit_small")
+            },
             "vits": [after - patches["plain"][size] for size, after in patches["default"].items()],
         },
         "cls": {name: [a[name] - b[name] for a, b in with_cls] for name in ("parameters", "flops")},
@@ -65,10 +68,26 @@ def study(root: Path) -> dict:
         "at_equal_parameters": {cnn: sorted(set(words)) for cnn, words in at_equal.items()},
         "equal_time": equal_time(root),
         "cnn_val": of_runs(find_runs(root, "studies/study_default_cnn_seed*"))["val"],
-        "patch2": {row["recipe"]: row for row in stored["smaller_patches"]},
+        "patch2": {
+            row["recipe"]: {**row, "times_the_training": times_the_training(root, row["recipe"], row["seeds"])}
+            for row in stored["smaller_patches"]
+        },
         "runs": study_runs(root) | {name: run for row in equal_time(root) for name, run in row["runs"].items()},
         "provenance": stored["provenance"],
     }
+
+
+def times_the_training(root: Path, recipe: str, seeds: list[int]) -> float:
+    """How many times as long the runs with patches of 2 took as those with patches of 4 and the same seeds."""
+    small, large = (
+        sum(
+            of_runs(find_runs(root, *(f"studies/study_{recipe}_vit_patch{size}_seed{seed}" for seed in seeds)))[
+                "seconds"
+            ]
+        )
+        for size in (2, 4)
+    )
+    return small / large
 
 
 def study_runs(root: Path) -> dict[str, dict]:

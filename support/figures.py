@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from tqdm import tqdm
 
 from support.files import write_bytes
+from support.report import shorten
 
 BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"  # of Okabe and Ito, for every kind of colour vision
 DARK, GREY, LIGHT = "#222222", "#C4C4C4", "#F0F0F0"
@@ -76,6 +79,18 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 def add_text(figure: Figure, left: float, baseline: float, text: str, color: str = DARK, **style) -> None:
     figure_width, figure_height = 100 * figure.get_size_inches()
     figure.text(left / figure_width, 1 - baseline / figure_height, text, color=color, **style)
+
+
+def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """The text with its middle left out where it would be wider than `width` pixels."""
+    font, shorter = font_manager.FontProperties(size=size, weight=weight), text
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that this font lacks
+        for length in range(len(text) - 1, 3, -1):
+            if text_to_path.get_text_width_height_descent(shorter, font, ismath=False)[0] * 100 / 72 <= width:
+                break
+            shorter = shorten(text, length)
+    return shorter
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

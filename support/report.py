@@ -150,6 +150,13 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
 
 
+def shorten_names(names: list[str], length: int) -> list[str]:
+    """Each to this length, or to the next at which no two become alike."""
+    while len({shorten(name, length) for name in names}) < len(set(names)):
+        length += 1
+    return [shorten(name, length) for name in names]
+
+
 def instruction_sets() -> list[str]:
     """Of those that decide how fast products are computed, the ones that torch uses on this CPU."""
     used = torch.backends.cpu.get_cpu_capability()

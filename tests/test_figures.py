@@ -12,10 +12,11 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import utils
-from images.sheets import draw_samples
+from images.sheets import draw_augmentations, draw_samples
 from network import VisionTransformer
 from studies import architecture
 from support import figures
+from training.evaluation_figures import draw_mistakes
 from training.trained import load_model, sample_images
 
 NAMES = ["cat", "кот", "Größe, 50 %", "中文"]  # the default font has all but the last
@@ -125,6 +126,37 @@ def test_the_sheet_of_many_large_classes_is_of_bounded_size(tmp_path):
     sheet = figure.axes[0].images[0].get_array()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names[:100]
     assert sheet.shape[0] < 8000 and sheet[7 * 76 + 30, 30].tolist() == [200] * 3
+
+
+LONG = [f"{'W' * 20} {letter} {'m' * 20}" for letter in "abc"]
+
+
+def in_mistakes(images, path):
+    wrong = torch.eye(3)[[1, 2, 0] * 4]
+    return draw_mistakes(images, wrong, torch.arange(12) % 3, LONG, path, "title")
+
+
+def in_augmentations(images, path):
+    return draw_augmentations(images[:3], torch.arange(3), LONG, path, flip=True, mean=[0.5] * 3)
+
+
+def in_progress(images, path):
+    metrics = {f"{part}_{what}": [] for part in ("train", "val") for what in ("step", "loss", "accuracy")}
+    probabilities = torch.eye(3)[torch.arange(12) % 3]
+    return utils.draw_progress(metrics, images / 255, torch.arange(12) % 3, probabilities, LONG, "title", path)
+
+
+@pytest.mark.parametrize("drawn", [in_mistakes, in_augmentations, in_progress])
+def test_names_of_classes_however_long_do_not_cover_one_another(tmp_path, drawn):
+    images = torch.randint(0, 255, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    figure = drawn(images, tmp_path / "figure.png")
+    draw(figure)
+    texts = [*figure.texts, *(text for axes in figure.axes for text in (*axes.texts, axes.title))]
+    written = [text for text in texts if text.get_text()]
+    assert sum("..." in text.get_text() for text in written) >= 6
+    boxes = [text.get_window_extent() for text in written]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
 
 
 def test_the_architecture_names_the_sizes_of_the_model_and_no_text_covers_another(tmp_path):

@@ -377,6 +377,11 @@ def test_a_model_file_that_holds_something_else_is_one_line(model, tmp_path, key
     assert code == 2 and line.startswith("predict.py: error: ") and line.count("\n") == 0
 
 
+def test_a_report_in_place_of_its_model_is_told_apart():
+    with pytest.raises(CheckpointError, match=r"is a run's report; its model is in .*VisionTransformer\.pt"):
+        load_model(ROOT / "saved" / "VisionTransformer.json")
+
+
 def test_an_object_in_a_file_is_refused(model):
     path, contents = model
     torch.save({**contents, "sha256": "", "weights": CNN().conv1}, path)

@@ -63,6 +63,22 @@ def test_runs_with_other_seeds_are_averaged(tmp_path, compare):
     assert len(compare(tmp_path / "saved", "--each")[0]) == 4
 
 
+def test_a_mean_of_runs_with_unlike_names_says_how_many_they_are(tmp_path, compare):
+    for seed, name in enumerate(("first", "second", "third")):
+        store(tmp_path / f"saved/{name}.json", seed=seed, name=name)
+    rows, _ = compare(tmp_path / "saved")
+    assert {name: row["runs"] for name, row in rows.items()} == {"first and 2 more": "3"}
+
+
+def test_long_names_that_differ_in_the_middle_are_told_apart(tmp_path, compare):
+    names = [f"{'long' * 12}_{middle}_{'name' * 12}" for middle in "ab"]
+    for lr, name in enumerate(names):
+        store(tmp_path / f"saved/{name}.json", lr=float(lr + 1), name=name)
+    _, printed = compare(tmp_path / "saved")
+    shown = [line.split()[0] for line in printed.out.splitlines() if line.startswith("long")]
+    assert len(shown) == 2 and len(set(shown)) == 2
+
+
 def test_folders_within_a_folder_are_not_searched(tmp_path, compare):
     store(tmp_path / "saved/a.json")
     store(tmp_path / "saved/studies/b.json", lr=0.5)

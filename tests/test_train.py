@@ -412,6 +412,14 @@ def test_a_preset_takes_the_place_of_defaults_and_flags_go_before_it(name):
     check(config)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_digits_are_trained_as_long_with_every_preset(name):
+    flags = ["--preset", name, "--dataset", "digits"]
+    config = cli.parse(train.Config, flags, train.dependent_defaults)
+    assert (config.epochs, config.batch_size) == (12, 16)
+    assert cli.parse(train.Config, [*flags, "--epochs", "3"], train.dependent_defaults).epochs == 3
+
+
 @pytest.mark.parametrize(
     "flags, lr, weight_decay",
     [

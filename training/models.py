@@ -161,6 +161,8 @@ def load_file(path: str | Path, own_class: type[nn.Module] | None = None) -> Mod
         CheckpointError: no usable file, or one with a model of another class.
     """
     path = find_file(path)
+    if path.suffix == ".json":
+        raise CheckpointError(f"{path} is a run's report; its model is in {path.with_suffix('.pt')}")
     if own_class is None:
         return Model.load(path)
     contents = read_model(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from support import cli
 from support.files import write_bytes
-from support.report import plain_table, shorten
+from support.report import plain_table, shorten, shorten_names
 from training.side_by_side_figures import draw_curves, html_page
 from training.stored_runs import MEASURED, StoredRun, read_runs
 
@@ -107,15 +107,19 @@ def group(runs: list[StoredRun], differing: list[str], each: bool) -> list[Row]:
     common = [common_name([run.name for run in members]) for members in groups.values()]
     rows = []
     for name, (key, members) in zip(common, groups.items(), strict=True):
-        name = name if common.count(name) == 1 else members[0].name
+        name = name if common.count(name) == 1 else first_and_more([run.name for run in members])
         rows.append(Row(name, members, values(name, members, differing), again.get(key, [])))
     return rows
 
 
 def common_name(names: list[str]) -> str:
-    """ablation_adamw of ablation_adamw_seed0 and ablation_adamw_seed1, or else the first name."""
+    """ablation_adamw of ablation_adamw_seed0 and ablation_adamw_seed1; where names do not begin alike, as below."""
     begin = re.match(r"(.*)[_\-. ]", os.path.commonprefix(names)) if len(names) > 1 else None
-    return begin[1] if begin else names[0]
+    return begin[1] if begin else first_and_more(names)
+
+
+def first_and_more(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def values(name: str, runs: list[StoredRun], differing: list[str]) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def as_table(texts: list[dict[str, str]], importance: list[str]) -> str:
     cells, parts = {}, []
     for name in importance:
         limit = width if name in MEASURED else max(16, width // 3) if name == "name" else LONGEST
-        cells[name] = [shorten(row[name], limit) for row in texts]
+        cells[name] = shorten_names([row[name] for row in texts], limit)
     while left and len(parts) < 2:
         shown, used = [], -2
         for name in dict.fromkeys(["name", *left]):
