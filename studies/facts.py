@@ -180,13 +180,22 @@ def epochs_of(run: dict) -> list[dict]:
 
 
 def ablation(root: Path) -> dict:
-    """Of figures/ablation_20epochs.json, which is as long as the default recipe: rows by key, and `order`, those first
-    that cost the most."""
+    """Of figures/ablation_20epochs.json, which is as long as the default recipe: rows by key; `order`, those first that
+    cost the most; `where` each seed was trained, and in which precision."""
     found = ablation_of(root, 20)
     rows = found["rows"]
     alike = [abs(rows[key]["difference"]) < 0.01 for key in ("no_warmup", "no_smoothing", "conv")]
     order = sorted((key for key in rows if key != "default"), key=lambda key: rows[key]["difference"])
-    return {**found, "order": order, "alike": all(alike)}
+    where = {}
+    for run in sorted(found["runs"].values(), key=lambda run: run["config"]["seed"]):
+        machine = f"{machine_of(run['provenance'])} in {run['config']['precision']}"
+        where.setdefault(run["config"]["seed"], set()).add(machine)
+    return {
+        **found,
+        "order": order,
+        "alike": all(alike),
+        "where": {seed: sorted(machines) for seed, machines in where.items()},
+    }
 
 
 def short_ablation(root: Path) -> dict:
