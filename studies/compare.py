@@ -106,7 +106,7 @@ def command_for_missing(found: list[comparison.Run], config: Config) -> str:
     models, recipes = ([name for name in table if any(name in key for key in missing)] for table in (MODELS, RECIPES))
     flags = ["--only", *models]
     flags += ["--recipe", *recipes] if len(recipes) == 1 else []
-    for name in ("dataset", "epochs", "seeds", "output_dir"):
+    for name in ("dataset", "epochs", "seeds"):
         if getattr(config, name) != getattr(Config, name):
             flags += [f"--{name}", str(getattr(config, name))]
     return shlex.join(["python", "-m", "studies.compare", *flags]) if missing else ""

@@ -230,7 +230,7 @@ def test_precisions_are_compared_seed_by_seed(tmp_path, monkeypatch):
         return {
             name: {
                 "config": {"seed": int(name[1:]), "precision": precision if name != "s3" else "fp32"},
-                "results": {"val_accuracy": accuracy},
+                "results": {"val_accuracy": accuracy, "training_seconds": 100 * accuracy},
                 "provenance": machine,
             }
             for name, accuracy in accuracies.items()
@@ -241,4 +241,5 @@ def test_precisions_are_compared_seed_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_facts, "find_runs", lambda _root, pattern: stored[pattern])
     found = speed_facts.precision(tmp_path)
     assert (found["fp32"], found["bf16"]) == ([0.5, 0.9], [0.4, 0.7])  # the study's seed 3 was not in bf16
+    assert found["fp32_seconds"] == [50, 90]
     assert found["by_seed"]["difference"] == pytest.approx(0.15) and found["fp32_where"] == ["fp32 (1 thread)"]
