@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,14 +81,15 @@ def add_text(figure: Figure, left: float, baseline: float, text: str, color: str
 
 
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """The text with its middle left out where it would be wider than `width` pixels."""
-    font, shorter = font_manager.FontProperties(size=size, weight=weight), text
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that this font lacks
-        for length in range(len(text) - 1, 3, -1):
-            if text_to_path.get_text_width_height_descent(shorter, font, ismath=False)[0] * 100 / 72 <= width:
-                break
-            shorter = shorten(text, length)
+    """The text as it can be drawn, with its middle left out where it would be wider than `width` pixels."""
+    drawn = Text(text=text, size=size, weight=weight)
+    _say_replaced(_make_legible(drawn))
+    text, font = drawn.get_text(), drawn.get_fontproperties()
+    shorter = text
+    for length in range(len(text) - 1, 3, -1):
+        if text_to_path.get_text_width_height_descent(shorter, font, ismath=False)[0] * 100 / 72 <= width:
+            break
+        shorter = shorten(text, length)
     return shorter
 
 
@@ -120,6 +120,11 @@ def make_legible(figure: Figure) -> None:
             if replaced := set().union(*map(_make_legible, labels)):
                 artist.set_ticks(artist.get_ticklocs(), labels=[label.get_text() for label in labels])
                 lacking |= replaced
+    _say_replaced(lacking)
+
+
+def _say_replaced(lacking: set[str]) -> None:
+    """A line on stderr about the first characters that no font has."""
     if lacking and not _replaced:
         listed = " ".join(sorted(lacking)[:20]) + " ..." * (len(lacking) > 20)
         example = _escape(min(lacking))

@@ -128,7 +128,7 @@ def test_the_sheet_of_many_large_classes_is_of_bounded_size(tmp_path):
     assert sheet.shape[0] < 8000 and sheet[7 * 76 + 30, 30].tolist() == [200] * 3
 
 
-LONG = [f"{'W' * 20} {letter} {'m' * 20}" for letter in "abc"]
+LONG = [f"{'W' * 20} {letter} {'m' * 20}" for letter in "ab"] + ["中文" * 10]
 
 
 def in_mistakes(images, path):

@@ -49,9 +49,9 @@ def normalise(images: torch.Tensor, metadata: dict) -> torch.Tensor:
 
 
 def data_title(metadata: dict) -> str:
-    """What a model was trained on, for a title: `cifar10`, or `cifar10, cat, dog` where it knows few classes."""
+    """What a model was trained on, for a title: `cifar10`, or `cifar10, cat, dog` where it knows few of its classes."""
     name, classes = metadata["dataset"], metadata["classes"]
-    return ", ".join([name, *classes] if len(classes) <= 4 else [name])
+    return ", ".join([name, *classes] if name in DATASETS and len(classes) <= 4 else [name])
 
 
 def load_its_data(model: Model, data_dir: str | None) -> Dataset:
