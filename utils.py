@@ -398,7 +398,7 @@ def describe_prediction(i: int, classes: list[str] | None, labels, logits) -> tu
     """Image i's title, "cat 83 % (is: dog)" as far as it is known, and its colour: green where it is right."""
 
     def name(index: int) -> str:
-        return classes[index] if classes is not None else f"class {index}"
+        return fit(classes[index], 200, 9.5) if classes is not None else f"class {index}"
 
     label = None if labels is None else int(labels[i])
     if logits is None:

@@ -145,9 +145,12 @@ def width_of(text: str) -> int:
 
 
 def shorten(text: str, length: int) -> str:
-    """With its middle left out: names often begin alike, and end alike."""
-    end = (length - 3) // 2
-    return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
+    """To `length` columns of a terminal, with its middle left out: names often begin alike, and end alike."""
+    if width_of(text) <= length:
+        return text
+    letters = max(4, length * len(text) // width_of(text))
+    end = (letters - 3) // 2
+    return f"{text[: letters - 3 - end]}...{text[len(text) - end :]}"
 
 
 def shorten_names(names: list[str], length: int) -> list[str]:

@@ -21,7 +21,7 @@ def draw_confusion(matrix: list[list[int]], classes: list[str], path: Path, titl
     mistakes = percent.clone().fill_diagonal_(0)
     many = len(classes) > 20
     cell, size = (min(12, 2400 / len(classes)), 6.5) if many else (max(46, 260 // len(classes)), 9.5)  # few: not tiny
-    names = [shorten(name, 24) for name in classes] if cell >= 12 else []
+    names = [utils.fit(name, 20 * size, size) for name in classes] if cell >= 12 else []
     longest = max(map(len, names), default=0)
     side, margin, top = cell * len(classes), 30 + 8 * longest, max(128, 56 + 5 * longest)
     edge = max(50, 6 * len(names[-1]) if names else 0)  # the last column's name leans over it
