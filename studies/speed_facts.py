@@ -21,13 +21,11 @@ def benchmark(root: Path) -> dict:
     """A training step on each kind of processor on which it was measured: figures/benchmark_*.json."""
     kinds = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("benchmark_*.json"))]
     rows = [row for stored in kinds for row in step_rows(stored)]
-    kept = [{"where": processor_of(stored["provenance"]), **stored["memory"]} for stored in kinds if "memory" in stored]
+    kept = [{"where": processor_of(stored["provenance"]), **stored["memory"]} for stored in kinds]
     pipelines = [
         {"precision": "fp32", "where": processor_of(stored["provenance"]), **stored["pipeline"]} for stored in kinds
     ]
-    # measured before a CLS token was computed alone in the last block
-    older = [processor_of(stored["provenance"]) for stored in kinds if "memory" not in stored]
-    return {"rows": rows, "kept": kept, "pipelines": pipelines, "older": older, "runs": {}}
+    return {"rows": rows, "kept": kept, "pipelines": pipelines, "runs": {}}
 
 
 def step_rows(stored: dict) -> list[dict]:
