@@ -184,7 +184,7 @@ def ablation(root: Path) -> dict:
     cost the most; `where` each seed was trained, and in which precision."""
     found = ablation_of(root, 20)
     rows = found["rows"]
-    alike = [can_be_chance(rows[key]) for key in ("no_warmup", "no_smoothing")]
+    alike = [row["contains_0"] or abs(row["difference"]) < 0.01 for row in (rows["no_warmup"], rows["no_smoothing"])]
     compared = rows.keys() - {"default", "adamw_slow", "adamw_fast"}  # the rates' rows are there for AdamW's
     order = sorted(compared, key=lambda key: rows[key]["difference"])
     where = {}
@@ -197,12 +197,6 @@ def ablation(root: Path) -> dict:
         "alike": all(alike),
         "where": {seed: sorted(machines) for seed, machines in where.items()},
     }
-
-
-def can_be_chance(row: dict) -> bool:
-    """Whether the difference is less than a point, or its interval over the seeds contains 0."""
-    interval = row["interval"]
-    return abs(row["difference"]) < 0.01 or bool(interval and interval[0] <= 0 <= interval[1])
 
 
 def short_ablation(root: Path) -> dict:
@@ -228,6 +222,7 @@ def ablation_of(root: Path, epochs: int) -> dict:
         {
             **row,
             "n": len(row["val_accuracies"]),
+            "contains_0": row["interval"] is not None and row["interval"][0] <= 0 <= row["interval"][1],
             "command": f"python train.py --epochs {epochs} {ROWS[row['row']].flags}".strip(),
         }
         for row in stored["rows"]

@@ -22,9 +22,7 @@ def benchmark(root: Path) -> dict:
     kinds = [read_figures(root, path.stem) for path in sorted((root / "figures").glob("benchmark_*.json"))]
     rows = [row for stored in kinds for row in step_rows(stored)]
     kept = [{"where": processor_of(stored["provenance"]), **stored["memory"]} for stored in kinds]
-    pipelines = [
-        {"precision": "fp32", "where": processor_of(stored["provenance"]), **stored["pipeline"]} for stored in kinds
-    ]
+    pipelines = [{"where": processor_of(stored["provenance"]), **stored["pipeline"]} for stored in kinds]
     return {"rows": rows, "kept": kept, "pipelines": pipelines, "runs": {}}
 
 

@@ -79,15 +79,11 @@ def study(root: Path) -> dict:
 
 def times_the_training(root: Path, recipe: str, seeds: list[int]) -> float:
     """How many times as long the runs with patches of 2 took as those with patches of 4 and the same seeds."""
-    small, large = (
-        sum(
-            of_runs(find_runs(root, *(f"studies/study_{recipe}_vit_patch{size}_seed{seed}" for seed in seeds)))[
-                "seconds"
-            ]
-        )
-        for size in (2, 4)
-    )
-    return small / large
+    seconds = {}
+    for size in (2, 4):
+        names = [f"studies/study_{recipe}_vit_patch{size}_seed{seed}" for seed in seeds]
+        seconds[size] = sum(of_runs(find_runs(root, *names))["seconds"])
+    return seconds[2] / seconds[4]
 
 
 def study_runs(root: Path) -> dict[str, dict]:

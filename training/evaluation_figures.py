@@ -136,8 +136,8 @@ def draw_mistakes(
         axes = utils.add_axes(figure, left, top, tile, tile)
         axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         axes.axis("off")
-        said, right = (utils.fit(classes[k], 75.2, 8.5, "bold") for k in (prediction[i], labels[i]))
-        said = f"{said} {100 * confidence[i]:.0f} %"
+        answer, right = (utils.fit(classes[k], 75.2, 8.5, "bold") for k in (prediction[i], labels[i]))
+        said = f"{answer} {100 * confidence[i]:.0f} %"
         utils.add_text(figure, left, top - 17, said, utils.VERMILLION, size=8.5, weight="bold")
         utils.add_text(figure, left, top - 4, f"is: {right}", utils.GREEN, size=8.5)
     utils.save_figure(figure, path)
